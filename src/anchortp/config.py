@@ -1,0 +1,185 @@
+"""Frozen configs. Whatever may be "auto" is resolved before it is frozen. No torch here."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from anchortp.errors import ConfigError, UnsupportedModel
+
+DType = Literal["bfloat16", "float32"]
+DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4}
+
+# Hugging Face `model_type` -> whether q and k are normalised per head (Qwen3).
+ARCHITECTURES: dict[str, bool] = {"llama": False, "qwen3": True}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RopeConfig:
+    """Rotary embedding. `kind` is "default", "linear" or "llama3"; the last four fields serve "llama3"."""
+
+    theta: float = 10000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """The shape of a dense decoder. Widths in elements; `dtype` is that of weights and KV cache."""
+
+    architecture: str
+    num_layers: int
+    hidden_size: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_width: int
+    vocab_size: int
+    tie_embeddings: bool
+    qk_norm: bool
+    rms_eps: float
+    rope: RopeConfig
+    max_position: int
+    dtype: DType
+    eos_token_ids: tuple[int, ...] = ()
+
+    @property
+    def q_heads_per_kv(self) -> int:
+        return self.num_q_heads // self.num_kv_heads
+
+    @property
+    def dtype_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+
+def load_model_config(folder: str | Path, dtype: str = "auto") -> ModelConfig:
+    """Reads `config.json` (and `generation_config.json`, for the end-of-text tokens) of a Hugging Face folder.
+
+    `dtype="auto"` keeps the checkpoint's, with float16 served as bfloat16.
+    Raises ConfigError (no such folder, broken JSON, missing fields) and UnsupportedModel.
+    """
+    path = Path(folder) / "config.json"
+    raw = _read_json(path, "Give a Hugging Face model folder (config.json, *.safetensors, tokenizer.json).")
+    generation = path.with_name("generation_config.json")
+    if generation.exists():
+        eos = _read_json(generation, "Remove it or repair it.").get("eos_token_id")
+        if eos is not None:
+            raw = {**raw, "eos_token_id": eos}
+    return parse_model_config(raw, dtype)
+
+
+def parse_model_config(raw: dict[str, Any], dtype: str = "auto") -> ModelConfig:
+    """As `load_model_config`, from the parsed JSON."""
+    kind = raw.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise UnsupportedModel(
+            f"model_type {kind!r} is not supported; these are: {', '.join(sorted(ARCHITECTURES))}."
+        )
+    _refuse_unsupported(raw)
+    try:
+        hidden, q_heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
+        config = ModelConfig(
+            architecture=kind,
+            num_layers=int(raw["num_hidden_layers"]),
+            hidden_size=hidden,
+            num_q_heads=q_heads,
+            num_kv_heads=int(raw.get("num_key_value_heads") or q_heads),
+            head_dim=int(raw.get("head_dim") or hidden // q_heads),
+            mlp_width=int(raw["intermediate_size"]),
+            vocab_size=int(raw["vocab_size"]),
+            tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qk_norm=ARCHITECTURES[kind],
+            rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
+            rope=_parse_rope(raw),
+            max_position=int(raw.get("max_position_embeddings", 2048)),
+            dtype=_resolve_dtype(dtype, raw),
+            eos_token_ids=_as_tuple(raw.get("eos_token_id")),
+        )
+    except KeyError as error:
+        raise ConfigError(f"config.json lacks {error.args[0]!r}; it must describe a {kind} model.") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config.json holds a value of the wrong kind: {error}") from None
+    _check_shape(config)
+    return config
+
+
+def _read_json(path: Path, advice: str) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist. {advice}") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}. {advice}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} does not hold a JSON object. {advice}")
+    return raw
+
+
+def _refuse_unsupported(raw: dict[str, Any]) -> None:
+    """Features that would silently change the result if they were ignored."""
+    if raw.get("attention_bias") or raw.get("mlp_bias"):
+        raise UnsupportedModel("attention_bias and mlp_bias are not supported.")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UnsupportedModel(f"hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is.")
+    if raw.get("use_sliding_window") and raw.get("sliding_window"):
+        raise UnsupportedModel("sliding-window attention is not supported.")
+    if raw.get("quantization_config"):
+        raise UnsupportedModel("quantised checkpoints are not supported; convert to bfloat16 first.")
+
+
+def _parse_rope(raw: dict[str, Any]) -> RopeConfig:
+    # transformers 5 writes `rope_parameters`; before it, `rope_theta` stood beside `rope_scaling`.
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in ("default", "linear", "llama3"):
+        raise UnsupportedModel(f"rope type {kind!r} is not supported; default, linear and llama3 are.")
+    return RopeConfig(
+        theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+        kind=kind,
+        factor=float(rope.get("factor", 1.0)),
+        low_freq_factor=float(rope.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(rope.get("high_freq_factor", 4.0)),
+        original_max_position=int(rope.get("original_max_position_embeddings", 8192)),
+    )
+
+
+def _resolve_dtype(dtype: str, raw: dict[str, Any]) -> DType:
+    if dtype == "auto":
+        stored = raw.get("dtype") or raw.get("torch_dtype") or "bfloat16"
+        return "float32" if stored == "float32" else "bfloat16"
+    if dtype not in DTYPE_BYTES:
+        raise ConfigError(f"dtype {dtype!r} is not supported; choose auto, {' or '.join(DTYPE_BYTES)}.")
+    return dtype  # type: ignore[return-value]
+
+
+def _as_tuple(value: Any) -> tuple[int, ...]:
+    if value is None:
+        return ()
+    return (int(value),) if isinstance(value, int) else tuple(int(v) for v in value)
+
+
+def _check_shape(config: ModelConfig) -> None:
+    sizes = {
+        "num_hidden_layers": config.num_layers,
+        "hidden_size": config.hidden_size,
+        "num_attention_heads": config.num_q_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "intermediate_size": config.mlp_width,
+        "vocab_size": config.vocab_size,
+    }
+    for name, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"config.json: {name} is {value}; it must be at least 1.")
+    if config.num_q_heads % config.num_kv_heads:
+        raise ConfigError(
+            f"config.json: {config.num_q_heads} attention heads are not a multiple of "
+            f"{config.num_kv_heads} key-value heads."
+        )
+    if config.head_dim % 2:
+        raise ConfigError(f"config.json: head_dim is {config.head_dim}; rotary embeddings need an even one.")

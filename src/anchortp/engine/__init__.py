@@ -1,0 +1,1 @@
+"""Tokens: requests, blocks, scheduler, sampler, worker, controller."""

@@ -1,0 +1,178 @@
+"""Shrink by sets of units (design, idea 4): survivors keep every byte, and only what was lost is loaded.
+
+The paper's planner (AnchorTP, section on CMM) keeps each device's shard a contiguous interval, so that the
+borders of *all* intervals shift when one device leaves, and surviving bytes travel between peers. Here a shard
+is a set: the lost units are appended to the survivors' slots, evenly, and nothing else moves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+from anchortp.errors import DoesNotFit
+from anchortp.layout import ATTENTION, FAMILIES, KV, Layout, ModelUnits, empty_shard, initial_layout, widths
+from anchortp.plan.plan import Plan, moves_between
+
+
+def fill_plan(
+    units: ModelUnits, devices: tuple[str, ...], speeds: Mapping[str, float] | None = None
+) -> Plan:
+    """The first load: from empty devices to the initial layout. Raises as `initial_layout` does."""
+    before = Layout(shards=tuple(empty_shard(device) for device in devices))
+    after = initial_layout(units, devices, speeds)
+    return Plan(
+        before=before,
+        after=after,
+        moves=moves_between(before, after, units),
+        lost_bytes=_missing_bytes(units, before),
+        reasons=(f"{len(devices)} empty device(s): every unit is loaded from the host",),
+    )
+
+
+def shrink_plan(
+    units: ModelUnits,
+    before: Layout,
+    lost: Collection[str],
+    speeds: Mapping[str, float] | None = None,
+) -> Plan:
+    """The plan after the devices in `lost` are gone. `before` may be irregular, and may lack units already
+    (a second fault in the middle of a recovery).
+
+    1. Units that no survivor holds are missing. Per family each goes to the survivor that would be done first
+       with it (`widths`), so widths stay within one unit of each other, or follow `speeds`.
+    2. Which q head goes where is free; heads go where their KV head already is, so that few KV heads need a
+       further copy.
+    3. A survivor that got a q head without its KV head loads that too.
+
+    Raises DoesNotFit when nobody is left.
+    """
+    survivors = before.without(lost)
+    if not survivors.shards:
+        raise DoesNotFit(f"no device is left of {', '.join(before.devices)}; add one and start again.")
+    after = survivors
+    for family in FAMILIES:
+        if family != KV:
+            for device, got in _assign(units, survivors, family, speeds).items():
+                after = after.with_shard(after[device].appended(family, got))
+    for shard in after.shards:
+        needed = {units.kv_head_of(q) for q in shard[ATTENTION]} - set(shard[KV])
+        after = after.with_shard(shard.appended(KV, sorted(needed)))
+    plan = Plan(
+        before=before,
+        after=after,
+        moves=moves_between(survivors, after, units),
+        lost_bytes=_missing_bytes(units, survivors),
+        reasons=(),
+    )
+    return Plan(
+        before=plan.before,
+        after=plan.after,
+        moves=plan.moves,
+        lost_bytes=plan.lost_bytes,
+        reasons=_reasons(units, plan, lost),
+    )
+
+
+def _missing_bytes(units: ModelUnits, held: Layout) -> int:
+    return sum((units.num_units[f] - len(held.held(f))) * units.unit_bytes[f] for f in FAMILIES)
+
+
+def _assign(
+    units: ModelUnits, survivors: Layout, family: str, speeds: Mapping[str, float] | None
+) -> dict[str, list[int]]:
+    """Missing units of one family per survivor, in the order in which they take their slots."""
+    missing = sorted(set(range(units.num_units[family])) - survivors.held(family))
+    held = {shard.device: len(shard[family]) for shard in survivors.shards}
+    target = widths(sum(held.values()) + len(missing), survivors.devices, speeds, held)
+    free = {device: target[device] - held[device] for device in survivors.devices}
+    if family == ATTENTION:
+        return _assign_heads(units, survivors, missing, free)
+    # Neighbouring units stay together: a run in both checkpoint and arena is one copy.
+    result, at = {}, 0
+    for device, count in free.items():
+        result[device] = missing[at : at + count]
+        at += count
+    return result
+
+
+def _assign_heads(
+    units: ModelUnits, survivors: Layout, missing: list[int], free: dict[str, int]
+) -> dict[str, list[int]]:
+    """q heads to survivors with `free` places, opening few new (device, KV head) pairs.
+
+    First the largest matching of heads to devices that hold their KV head already. What is left opens a pair
+    each time, the largest group into the largest gap, so each opening fills a gap or ends a group.
+    """
+    groups: dict[int, list[int]] = {}
+    for head in missing:
+        groups.setdefault(units.kv_head_of(head), []).append(head)
+    near = {g: [s.device for s in survivors.shards if g in s[KV]] for g in groups}
+    matched = _match({g: len(heads) for g, heads in groups.items()}, near, free)
+    result: dict[str, list[int]] = {device: [] for device in free}
+    room = dict(free)
+
+    def give(group: int, device: str, count: int) -> None:
+        for _ in range(count):
+            result[device].append(groups[group].pop(0))
+        room[device] -= count
+
+    for (group, device), count in sorted(matched.items()):
+        give(group, device, count)
+    while any(groups.values()):
+        exact = [
+            (g, d) for g, heads in groups.items() if heads for d in room if room[d] == len(heads)
+        ]
+        if exact:
+            group, device = exact[0]
+        else:
+            group = max(groups, key=lambda g: len(groups[g]))
+            device = max(room, key=lambda d: room[d])
+        give(group, device, min(len(groups[group]), room[device]))
+    return {device: sorted(heads) for device, heads in result.items()}
+
+
+def _match(
+    supply: Mapping[int, int], near: Mapping[int, list[str]], free: Mapping[str, int]
+) -> Counter[tuple[int, str]]:
+    """The largest assignment of `supply[g]` heads to devices in `near[g]` within `free`: augmenting paths."""
+    flow: Counter[tuple[int, str]] = Counter()
+    used: Counter[str] = Counter()
+
+    def augment(group: int, seen: set[str]) -> bool:
+        for device in near[group]:
+            if device in seen:
+                continue
+            seen.add(device)
+            if used[device] < free[device]:
+                used[device] += 1
+                flow[group, device] += 1
+                return True
+            for other in [g for (g, d), n in flow.items() if d == device and n and g != group]:
+                if augment(other, seen):
+                    flow[other, device] -= 1
+                    flow[group, device] += 1
+                    return True
+        return False
+
+    for group, count in supply.items():
+        for _ in range(count):
+            if not augment(group, set()):
+                break
+    return +flow
+
+
+def _reasons(units: ModelUnits, plan: Plan, lost: Collection[str]) -> tuple[str, ...]:
+    """Why the plan is as it is, in the words that the recovery's story prints."""
+    reasons = []
+    survivors = plan.before.without(lost)
+    for family in FAMILIES:
+        count = units.num_units[family] - len(survivors.held(family))
+        if count:
+            got = Counter(m.device for m in plan.moves if m.family == family)
+            spread = ", ".join(f"{d} +{n}" for d, n in sorted(got.items()))
+            reasons.append(f"{family}: {count} unit(s) had no other holder, loaded from the host: {spread}")
+    extra = plan.replica_bytes // units.unit_bytes[KV]
+    if extra:
+        reasons.append(f"kv: {extra} further KV head copy(ies), because the new cut splits their q heads")
+    return tuple(reasons) or ("every lost unit has a surviving holder: nothing to load",)

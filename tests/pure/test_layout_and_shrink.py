@@ -1,0 +1,301 @@
+"""Layouts and the shrink plan against slow, obvious references."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anchortp.config import ModelConfig, RopeConfig
+from anchortp.errors import ConfigError, DoesNotFit
+from anchortp.layout import (
+    ATTENTION,
+    FAMILIES,
+    KV,
+    KVAddresses,
+    Layout,
+    Shard,
+    WeightAddresses,
+    initial_layout,
+    model_units,
+    shard_from_dict,
+    widths,
+)
+from anchortp.plan import fill_plan, reference, shrink_plan
+
+
+def make_config(kv_heads=3, group=3, hidden=48, mlp=96, vocab=250, layers=2, tied=True, **more):
+    return ModelConfig(
+        architecture="llama",
+        num_layers=layers,
+        hidden_size=hidden,
+        num_q_heads=kv_heads * group,
+        num_kv_heads=kv_heads,
+        head_dim=8,
+        mlp_width=mlp,
+        vocab_size=vocab,
+        tie_embeddings=tied,
+        qk_norm=False,
+        rms_eps=1e-5,
+        rope=RopeConfig(),
+        max_position=128,
+        dtype="bfloat16",
+        **more,
+    )
+
+
+def devices(count):
+    return tuple(f"cpu:{i}" for i in range(count))
+
+
+models = st.builds(
+    make_config,
+    kv_heads=st.integers(1, 6),
+    group=st.integers(1, 5),
+    mlp=st.sampled_from([32, 48, 96, 100, 1536]),
+    vocab=st.integers(30, 3000),
+    tied=st.booleans(),
+)
+
+
+@st.composite
+def model_and_degree(draw):
+    units = model_units(draw(models))
+    return units, draw(st.integers(1, units.config.num_q_heads))
+
+
+def spread(layout: Layout, family: str) -> int:
+    counts = [len(shard[family]) for shard in layout.shards]
+    return max(counts) - min(counts)
+
+
+@given(model_and_degree())
+def test_initial_layout_is_complete_and_even(case):
+    units, degree = case
+    layout = initial_layout(units, devices(degree))
+    layout.check(units)
+    for family in FAMILIES:
+        if family != KV:
+            assert spread(layout, family) <= 1
+    assert sum(len(s[KV]) for s in layout.shards) <= units.config.num_kv_heads + degree - 1
+
+
+@given(model_and_degree(), st.data())
+def test_initial_layout_follows_speeds(case, data):
+    units, degree = case
+    speeds = {d: data.draw(st.floats(0.2, 5.0)) for d in devices(degree)}
+    layout = initial_layout(units, devices(degree), speeds)
+    layout.check(units)
+    for family in (ATTENTION, "mlp", "vocab"):
+        total = units.num_units[family]
+        slowest = max(len(s[family]) / speeds[s.device] for s in layout.shards)
+        # No single unit moved elsewhere would make the slowest device faster.
+        assert all(
+            (len(s[family]) + 1) / speeds[s.device] >= slowest - 1e-9
+            for s in layout.shards
+            if total > 0
+        )
+
+
+def test_degree_above_the_q_heads_is_refused_with_the_numbers():
+    units = model_units(make_config(kv_heads=2, group=2))
+    with pytest.raises(DoesNotFit, match=r"5 devices.*4 q heads"):
+        initial_layout(units, devices(5))
+
+
+@pytest.mark.parametrize("speed", [0.0, -1.0, float("nan")])
+def test_speeds_must_be_positive(speed):
+    units = model_units(make_config())
+    with pytest.raises(ConfigError, match="speed of cpu:1"):
+        initial_layout(units, devices(2), {"cpu:1": speed})
+
+
+def test_doubled_devices_are_refused():
+    with pytest.raises(ConfigError, match="each once"):
+        initial_layout(model_units(make_config()), ("cpu:0", "cpu:0"))
+
+
+@settings(deadline=None)
+@given(model_and_degree(), st.randoms(use_true_random=False))
+def test_any_sequence_of_losses(case, rng: random.Random):
+    """Survivors keep every unit in its slot, exactly the lost bytes are loaded, widths stay even, down to one."""
+    units, degree = case
+    layout = initial_layout(units, devices(degree))
+    while len(layout.devices) > 1:
+        lost = rng.sample(layout.devices, rng.randint(1, len(layout.devices) - 1))
+        plan = shrink_plan(units, layout, lost)
+        plan.after.check(units)
+        assert reference.apply(plan) == plan.after
+        survivors = layout.without(lost)
+        for shard in survivors.shards:
+            for family in FAMILIES:
+                kept = shard[family]
+                assert plan.after[shard.device][family][: len(kept)] == kept
+        gone = sum(
+            units.unit_bytes[family]
+            for family in FAMILIES
+            for unit in range(units.num_units[family])
+            if not survivors.holders(family, unit)
+        )
+        assert plan.lost_bytes == gone
+        assert plan.copied_bytes == 0
+        assert plan.loaded_bytes == gone + plan.replica_bytes
+        assert plan.replica_bytes % units.unit_bytes[KV] == 0 and plan.replica_bytes >= 0
+        for family in FAMILIES:
+            if family != KV:
+                assert spread(plan.after, family) <= 1
+                arrived = [
+                    len(plan.after[d][family]) - len(survivors[d][family]) for d in plan.after.devices
+                ]
+                assert max(arrived) - min(arrived) <= 2  # even links, as even as the widths were
+        layout = plan.after
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 3), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_few_new_kv_copies(kv_heads, group, rng: random.Random):
+    """At most one KV copy above the best of all assignments, and usually the best itself."""
+    units = model_units(make_config(kv_heads=kv_heads, group=group))
+    layout = initial_layout(units, devices(rng.randint(1, units.config.num_q_heads)))
+    while len(layout.devices) > 1:
+        lost = [rng.choice(layout.devices)]
+        plan = shrink_plan(units, layout, lost)
+        target = {s.device: len(s[ATTENTION]) for s in plan.after.shards}
+        best = reference.fewest_new_kv_copies(units, layout, lost, target)
+        ours = sum(len(s[KV]) - len(layout[s.device][KV]) for s in plan.after.shards)
+        assert ours <= best + 1
+        layout = plan.after
+
+
+def test_new_kv_copies_are_the_fewest_in_nearly_all_cases():
+    rng, best_total, ours_total = random.Random(1), 0, 0
+    for _ in range(150):
+        units = model_units(make_config(kv_heads=rng.randint(1, 3), group=rng.randint(1, 3)))
+        layout = initial_layout(units, devices(rng.randint(1, units.config.num_q_heads)))
+        while len(layout.devices) > 1:
+            lost = [rng.choice(layout.devices)]
+            plan = shrink_plan(units, layout, lost)
+            target = {s.device: len(s[ATTENTION]) for s in plan.after.shards}
+            best_total += reference.fewest_new_kv_copies(units, layout, lost, target)
+            ours_total += sum(len(s[KV]) - len(layout[s.device][KV]) for s in plan.after.shards)
+            layout = plan.after
+    assert best_total > 0
+    assert ours_total <= 1.02 * best_total
+
+
+@given(model_and_degree(), st.data())
+def test_weighted_shrink_minimises_the_slowest_device(case, data):
+    units, degree = case
+    if degree == 1:
+        return
+    speeds = {d: data.draw(st.floats(0.2, 5.0)) for d in devices(degree)}
+    layout = initial_layout(units, devices(degree), speeds)
+    lost = data.draw(st.sampled_from(devices(degree)))
+    plan = shrink_plan(units, layout, [lost], speeds)
+    plan.after.check(units)
+    survivors = layout.without([lost])
+    for family in (ATTENTION, "mlp", "vocab"):
+        grown = [s for s in plan.after.shards if len(s[family]) > len(survivors[s.device][family])]
+        if grown:
+            worst = max(len(s[family]) / speeds[s.device] for s in grown)
+            assert all((len(s[family]) + 1) / speeds[s.device] >= worst - 1e-9 for s in plan.after.shards)
+
+
+@given(model_and_degree(), st.randoms(use_true_random=False))
+def test_restart_of_a_half_done_recovery_counts_every_byte_once(case, rng: random.Random):
+    """A second loss strikes when some survivors have loaded and others have not."""
+    units, degree = case
+    if degree < 3:
+        return
+    layout = initial_layout(units, devices(degree))
+    first = shrink_plan(units, layout, [rng.choice(layout.devices)])
+    done = [d for d in first.after.devices if rng.random() < 0.5]
+    actual = layout.without(set(layout.devices) - set(first.after.devices))
+    for device in done:
+        actual = actual.with_shard(first.after[device])
+    second_lost = rng.choice(actual.devices)
+    second = shrink_plan(units, actual, [second_lost])
+    second.after.check(units)
+    assert reference.apply(second) == second.after
+
+
+def test_nobody_left():
+    units = model_units(make_config())
+    layout = initial_layout(units, devices(2))
+    with pytest.raises(DoesNotFit, match="no device is left"):
+        shrink_plan(units, layout, devices(2))
+
+
+def test_fill_plan_loads_the_model_once_and_kv_copies():
+    units = model_units(make_config())
+    plan = fill_plan(units, devices(4))
+    assert reference.apply(plan) == plan.after == initial_layout(units, devices(4))
+    assert plan.lost_bytes == units.total_bytes - units.replicated_bytes
+    copies = sum(len(s[KV]) for s in plan.after.shards) - units.config.num_kv_heads
+    assert plan.replica_bytes == copies * units.unit_bytes[KV]
+
+
+def test_plans_and_layouts_are_values():
+    units = model_units(make_config())
+    layout = initial_layout(units, devices(4))
+    assert shrink_plan(units, layout, ["cpu:2"]) == shrink_plan(units, layout, ["cpu:2"])
+    assert hash(layout) == hash(initial_layout(units, devices(4)))
+    shard = layout.shards[1]
+    assert shard_from_dict(shard.device, shard.as_dict()) == shard
+    assert "cpu:1" in repr(layout)
+
+
+def test_published_table_for_equal_widths():
+    """The busiest link of facts.md's table: 4→3 loads 8.3 % of the model per survivor, 8→7 1.8 %."""
+    for degree, lost, share in [(4, ["cpu:2"], 1 / 12), (4, ["cpu:2", "cpu:3"], 1 / 4), (8, ["cpu:3"], 1 / 56)]:
+        units = model_units(make_config(kv_heads=168, group=1, mlp=168 * 8, vocab=168 * 64))
+        plan = shrink_plan(units, initial_layout(units, devices(degree)), lost)
+        sharded = units.total_bytes - units.replicated_bytes
+        busiest = max(plan.bytes_by_device().values())
+        assert busiest == pytest.approx(sharded * share, rel=0.01)
+
+
+@given(model_and_degree(), st.data())
+def test_weight_addresses_never_overlap(case, data):
+    units, _ = case
+    addresses = WeightAddresses(units=units)
+    taken = [addresses.replicated_range]
+    for tensor in units.tensors:
+        for layer in range(units.num_copies(tensor)):
+            first = addresses.block(tensor, layer, 0)
+            last = addresses.block(tensor, layer, units.num_units[tensor.family] - 1)
+            assert first[0] == addresses.offset(tensor.key, layer) and first[0] % 4096 == 0
+            taken.append((first[0], last[1]))
+    taken.sort()
+    assert all(a[1] <= b[0] for a, b in zip(taken, taken[1:], strict=False))
+    assert taken[-1][1] <= addresses.reserved_bytes
+    family = data.draw(st.sampled_from(FAMILIES))
+    start = data.draw(st.integers(0, units.num_units[family]))
+    stop = data.draw(st.integers(start, units.num_units[family]))
+    total = sum(b - a for a, b in addresses.slot_ranges(family, start, stop))
+    assert total == (stop - start) * units.unit_bytes[family]
+
+
+@given(models, st.integers(1, 32), st.integers(1, 40), st.data())
+def test_kv_addresses_never_overlap(config, block_size, num_blocks, data):
+    addresses = KVAddresses(config=config, block_size=block_size, num_blocks=num_blocks)
+    stop = data.draw(st.integers(0, config.num_kv_heads))
+    last = data.draw(st.integers(0, num_blocks))
+    ranges = sorted(addresses.slot_ranges(0, stop, 0, last))
+    assert all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+    assert sum(b - a for a, b in ranges) == stop * last * addresses.block_bytes
+    assert not ranges or ranges[-1][1] <= addresses.reserved_bytes
+
+
+def test_widths_are_exact_and_keep_what_is_held():
+    assert widths(9, devices(4)) == {"cpu:0": 3, "cpu:1": 2, "cpu:2": 2, "cpu:3": 2}
+    assert widths(9, ("a", "b"), held={"a": 7, "b": 0}) == {"a": 7, "b": 2}
+    assert widths(12, ("a", "b"), speeds={"a": 2.0}) == {"a": 8, "b": 4}
+
+
+def test_a_shard_appends_without_moving():
+    shard = Shard(device="cpu:0", slots=((4, 2), (1,), (), ()))
+    assert shard.appended(ATTENTION, [7])[ATTENTION] == (4, 2, 7)
+    assert shard.appended(ATTENTION, [7])[KV] == (1,)
