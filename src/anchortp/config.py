@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -183,3 +185,98 @@ def _check_shape(config: ModelConfig) -> None:
         )
     if config.head_dim % 2:
         raise ConfigError(f"config.json: head_dim is {config.head_dim}; rotary embeddings need an even one.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Everything an engine needs to start; nothing is "auto" any more (see `resolve_engine_config`).
+
+    `device_memory_bytes` is the budget of anchors that have to be started; running ones keep theirs.
+    `kv_blocks` is wanted, and reserved as address space; fewer are used where memory is short.
+    """
+
+    model_folder: str
+    runtime_dir: str
+    model: ModelConfig
+    devices: tuple[str, ...]
+    device_memory_bytes: int
+    max_model_len: int
+    max_num_seqs: int = 16
+    max_batch_tokens: int = 512
+    max_waiting: int = 256
+    kv_block_size: int = 16
+    kv_blocks: int = 2048
+    num_spares: int = 1
+    threads_per_worker: int = 1
+    collectives: Literal["shm", "gloo"] = "shm"
+    speeds: tuple[tuple[str, float], ...] = ()
+    min_step_deadline_s: float = 2.0
+
+    @property
+    def min_kv_blocks(self) -> int:
+        """Blocks for one sequence of the full length: with fewer, requests that are promised cannot be served."""
+        return -(-self.max_model_len // self.kv_block_size)
+
+
+def resolve_engine_config(
+    model_folder: str | Path,
+    *,
+    runtime_dir: str | Path,
+    devices: tuple[str, ...],
+    dtype: str = "auto",
+    device_memory_bytes: int | None = None,
+    max_model_len: int | None = None,
+    kv_tokens: int | None = None,
+    max_num_seqs: int = 16,
+    max_batch_tokens: int = 512,
+    kv_block_size: int = 16,
+    **more: Any,
+) -> EngineConfig:
+    """Resolves what was left open from the model and this machine, and freezes it.
+
+    `device_memory_bytes`: an equal share of 80 % of the memory that is free now. `max_model_len`: the model's,
+    but at most 8192. `kv_tokens`: every sequence at full length. Raises ConfigError.
+    """
+    model = load_model_config(model_folder, dtype)
+    for device in devices:
+        kind, _, index = device.partition(":")
+        if kind != "cpu" or not index.isdecimal():
+            raise ConfigError(f"device {device!r}: only CPU devices (cpu:0, cpu:1, ...) are supported.")
+    max_model_len = max_model_len or min(model.max_position, 8192)
+    if not 2 <= max_model_len <= model.max_position:
+        raise ConfigError(
+            f"max_model_len is {max_model_len}; this model takes from 2 to {model.max_position} tokens."
+        )
+    for name, value in {"max_num_seqs": max_num_seqs, "kv_block_size": kv_block_size}.items():
+        if value < 1:
+            raise ConfigError(f"{name} is {value}; it must be at least 1.")
+    kv_tokens = kv_tokens or max_num_seqs * max_model_len
+    if kv_tokens < max_model_len:
+        raise ConfigError(f"kv_tokens is {kv_tokens}; one sequence alone may take {max_model_len} (max_model_len).")
+    cores = len(os.sched_getaffinity(0))
+    return EngineConfig(
+        model_folder=str(Path(model_folder).resolve()),
+        runtime_dir=str(runtime_dir),
+        model=model,
+        devices=devices,
+        device_memory_bytes=device_memory_bytes or int(0.8 * _available_bytes() / len(devices)),
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_batch_tokens=max_batch_tokens,
+        kv_block_size=kv_block_size,
+        kv_blocks=-(-kv_tokens // kv_block_size),
+        threads_per_worker=max(1, cores // max(1, len(devices))),
+        **more,
+    )
+
+
+def _available_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def default_runtime_dir() -> Path:
+    """Where anchors and server meet: `$ANCHORTP_RUNTIME_DIR`, else a private folder of this user."""
+    if given := os.environ.get("ANCHORTP_RUNTIME_DIR"):
+        return Path(given)
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base, "anchortp") if base else Path(tempfile.gettempdir(), f"anchortp-{os.getuid()}")

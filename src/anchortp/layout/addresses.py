@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from anchortp.config import ModelConfig
+from anchortp.layout.layout import Shard
 from anchortp.layout.units import ModelUnits, ReplicatedTensor, UnitTensor
 
 ALIGN_BYTES = 4096  # a region begins on a page, so that committing it never touches another
@@ -77,6 +78,15 @@ class WeightAddresses:
                     yield (self.block(tensor, layer, start)[0], self.block(tensor, layer, stop - 1)[1])
 
 
+    def committed_bytes(self, shard: Shard) -> int:
+        """Bytes of the pages that the shard's slots and the replicated tensors touch: what a budget counts."""
+        total = _align(self.replicated_range[1])
+        for tensor in self.units.tensors:
+            used = len(shard[tensor.family]) * self.units.block_bytes(tensor)
+            total += _align(used) * self.units.num_copies(tensor)
+        return total
+
+
 @dataclass(frozen=True, kw_only=True)
 class KVAddresses:
     """Byte offsets in the KV arena of one device.
@@ -112,6 +122,14 @@ class KVAddresses:
         """One block of one KV head, all layers, keys and values."""
         c = self.config
         return 2 * c.num_layers * self.block_size * c.head_dim * c.dtype_bytes
+
+    def blocks_that_fit(self, num_heads: int, room_bytes: int) -> int:
+        """How many blocks of `num_heads` KV heads fit in `room_bytes`, page rounding included; at most all."""
+        if num_heads == 0:
+            return self.num_blocks
+        # A range of blocks may touch one page more than it fills, at both ends of keys and values alike.
+        rounding = 2 * 2 * ALIGN_BYTES * self.config.num_layers * num_heads
+        return max(0, min(self.num_blocks, (room_bytes - rounding) // (num_heads * self.block_bytes)))
 
     def layer_offset(self, layer: int) -> int:
         return layer * self.layer_bytes

@@ -1,0 +1,588 @@
+"""The engine: scheduler, workers and recovery around one event loop, on a thread of its own.
+
+`ElasticEngine.step` reads as the architecture: schedule, run, postprocess. A fault cuts a step off; the batch is
+then simply not postprocessed, the coordinator's commands are carried out, and the next step plans the same
+work again on whoever is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import selectors
+import socket
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any
+
+from anchortp.comm import ShmRegion
+from anchortp.config import EngineConfig
+from anchortp.engine import messages as m
+from anchortp.engine.api import EngineRequest, Sink, TokenOutput
+from anchortp.engine.blocks import BlockPool
+from anchortp.engine.faults import Strike
+from anchortp.engine.plane import StatePlane
+from anchortp.engine.pool import WorkerPool, WorkerProcess
+from anchortp.engine.scheduler import Batch, Scheduler
+from anchortp.errors import (
+    AnchorTPError,
+    ConfigError,
+    EngineFull,
+    EngineStopped,
+    RequestError,
+    WireError,
+)
+from anchortp.layout import model_units
+from anchortp.recovery import Coordinator, RecoveryConfig, StepDeadline
+from anchortp.recovery import events as ev
+from anchortp.recovery.coordinator import IDLE, REFUSING, SERVING
+from anchortp.state.wire import private_directory
+from anchortp.transfer.fingerprint import fingerprint
+
+log = logging.getLogger("anchortp.engine")
+
+POISON_CUTS = 5  # a request whose batches killed a worker so often in a row is ended, not tried again
+STOP_TIMEOUT_S = 5.0
+BACKLOG_POLL_S = 1e-3
+PUBLISH_EVERY_S = 0.1
+MAX_EPISODES_SHOWN = 32
+
+
+class _StepCut(Exception):
+    """The step in flight will not be answered: its group is gone."""
+
+
+class ElasticEngine:
+    """An `api.Engine`. [server process, one thread of its own]
+
+    `start` returns at once; `wait_ready` waits for the first time that it serves. After `stop` no process of
+    its own is left; anchors that an engine started are stopped too, unless `keep_anchors`.
+    """
+
+    def __init__(self, config: EngineConfig, *, strikes: tuple[Strike, ...] = (), keep_anchors: bool = False):
+        self.config = config
+        self.max_model_len = config.max_model_len
+        self.vocab_size = config.model.vocab_size
+        self.units = model_units(config.model)
+        self.recovery = Coordinator(self.units, _recovery_config(config))
+        self.pool = BlockPool(num_blocks=config.kv_blocks, block_size=config.kv_block_size)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_num_seqs=config.max_num_seqs,
+            max_batch_tokens=config.max_batch_tokens,
+            max_model_len=config.max_model_len,
+            max_waiting=config.max_waiting,
+        )
+        self._strikes = strikes
+        self._keep_anchors = keep_anchors
+        self._deadline = StepDeadline(floor_s=config.min_step_deadline_s)
+        self._thread = threading.Thread(target=self._main, name="anchortp-engine", daemon=True)
+        self._selector = selectors.DefaultSelector()
+        self._wake_in, self._wake_out = socket.socketpair()
+        self._inbox: deque[Callable[[], None]] = deque()
+        self._num_queued = 0  # submitted and not yet with the scheduler
+        self._lock = threading.Lock()
+        self._sinks: dict[str, Sink] = {}
+        self._workers: dict[str, WorkerProcess] = {}
+        self._region: ShmRegion | None = None
+        self._ranks: tuple[str, ...] = ()
+        self._answer: m.StepDone | None = None
+        self._events: deque[ev.Event] = deque()
+        self._handling = False
+        self._suspects: Counter[str] = Counter()
+        self._adopting: set[str] = set()
+        self._load_progress: dict[str, tuple[int, int]] = {}
+        self._story_lines = 0
+        self._first_tokens: dict[int, float] = {}
+        self._publish_due_s = 0.0
+        self._counters: Counter[str] = Counter()
+        self._stopping = threading.Event()
+        self._ready = threading.Event()
+        self._refusal = ""
+        self._failure: BaseException | None = None
+        self._status: dict[str, Any] = {"state": "starting", "epoch": 0}
+
+    # ------------------------------------------------------------------------------ any thread: the front door
+
+    def start(self) -> None:
+        """Takes the runtime directory and starts. Raises ConfigError if another engine has it."""
+        runtime_dir = private_directory(self.config.runtime_dir)
+        self._lock_file = (runtime_dir / "engine.lock").open("w")
+        try:
+            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock_file.close()
+            raise ConfigError(
+                f"another engine serves from {runtime_dir}; stop it, or choose another --runtime-dir."
+            ) from None
+        self._thread.start()
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Returns when the engine serves. Raises EngineStopped with the reason if it cannot, or in time."""
+        if not self._ready.wait(timeout_s):
+            raise EngineStopped(f"the engine was not ready within {timeout_s} s; see its log for where it waits")
+        if self._failure is not None:
+            raise EngineStopped(f"the engine could not start: {self._failure}") from self._failure
+        if self._refusal:
+            raise EngineStopped(self._refusal)
+
+    def submit(self, request: EngineRequest, sink: Sink) -> None:
+        self._check_serving()
+        with self._lock:
+            if self.scheduler.num_waiting + self._num_queued >= self.config.max_waiting:
+                raise EngineFull(f"{self.config.max_waiting} requests are waiting, the limit; try again later")
+            self._num_queued += 1
+        self._post(lambda: self._admit(request, sink))
+
+    def abort(self, request_id: str) -> None:
+        def drop() -> None:
+            self.scheduler.abort(request_id)
+            self._sinks.pop(request_id, None)
+
+        self._post(drop)
+
+    def status(self) -> dict[str, Any]:
+        return self._status
+
+    def stop(self, timeout_s: float = 30.0) -> None:
+        """Ends everything this engine started; requests still open end with an error. Idempotent."""
+        self._stopping.set()
+        self._wake()
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+            assert not self._thread.is_alive(), "the engine's thread does not end"
+        if getattr(self, "_lock_file", None) is not None:
+            self._lock_file.close()
+
+    def _check_serving(self) -> None:
+        if self._failure is not None or self._stopping.is_set():
+            raise EngineStopped("the engine is stopping or has failed; start it again")
+        if self._refusal:
+            raise EngineStopped(self._refusal)
+
+    def _post(self, action: Callable[[], None]) -> None:
+        self._inbox.append(action)
+        self._wake()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            self._wake_in.send(b"\0", socket.MSG_DONTWAIT)
+
+    # ------------------------------------------------------------------------------------- the engine's thread
+
+    def _main(self) -> None:
+        try:
+            self._open()
+            while not self._stopping.is_set():
+                self._run_inbox()
+                if self.recovery.phase == SERVING and self.scheduler.has_work():
+                    self.step()
+                else:
+                    self._pump(self._idle_timeout())
+        except BaseException as error:
+            log.exception("the engine failed")
+            self._failure = error
+        finally:
+            self._ready.set()
+            self._close()
+
+    def step(self) -> None:
+        """One step: schedule, run, postprocess."""
+        batch = self.scheduler.schedule()
+        self._deliver(self.scheduler.take_failures())
+        if batch is None:
+            return
+        try:
+            answer = self._run(batch)
+        except _StepCut:
+            return
+        self._deliver(self.scheduler.postprocess(batch, answer.sampled, self.config.model.eos_token_ids))
+        if time.monotonic() >= self._publish_due_s:
+            self._publish()
+
+    def _run(self, batch: Batch) -> m.StepDone:
+        """Sends the batch to every worker and waits for rank 0. Raises _StepCut when a fault comes first."""
+        epoch, began_s = self.recovery.epoch, time.monotonic()
+        deadline_s = began_s + self._deadline.for_step(batch.num_tokens)
+        self._answer = None
+        message = m.RunStep(epoch=epoch, batch=batch)
+        for device in self._ranks:
+            self._send(device, message)
+        while True:
+            self._pump(min(deadline_s - time.monotonic(), 1.0))
+            if self.recovery.epoch != epoch or self.recovery.phase != SERVING or self._stopping.is_set():
+                self._suspect(batch)
+                raise _StepCut
+            answer = self._answer
+            if answer is not None and (answer.epoch, answer.step) == (epoch, batch.step):
+                break
+            if time.monotonic() >= deadline_s:
+                self._accuse(batch, time.monotonic() - began_s)
+                deadline_s = time.monotonic() + self.recovery.config.leave_timeout_s
+        self._deadline.observe(batch.num_tokens, time.monotonic() - began_s)
+        self._counters["steps"] += 1
+        self._counters["computed_tokens"] += batch.num_tokens
+        for seq in batch.seqs:
+            self._suspects.pop(seq.request_id, None)
+        if self.pool_needs_spares:
+            self._processes.replenish()
+        return answer
+
+    def _accuse(self, batch: Batch, seconds: float) -> None:
+        """The deadline is over: the ranks that came least far are the ones the others wait for."""
+        assert self._region is not None
+        steps, progress = self._region.steps(), self._region.progress()
+        far = [(step, arrived) for step, arrived in zip(steps, progress, strict=True)]
+        for rank, device in enumerate(self._ranks):
+            if far[rank] == min(far):
+                reason = f"step of {batch.num_tokens} tokens not done after {seconds:.2f} s"
+                self._handle(ev.WorkerHung(device=device, reason=reason))
+
+    def _suspect(self, batch: Batch) -> None:
+        """A request that is in every batch that kills a worker is the likely cause; it is not tried for ever."""
+        for seq in batch.seqs:
+            self._suspects[seq.request_id] += 1
+            if self._suspects[seq.request_id] >= POISON_CUTS:
+                self.scheduler.abort(seq.request_id)
+                error = f"steps with this request were cut off by faults {POISON_CUTS} times in a row"
+                self._deliver([_failed(seq.request_id, error)])
+                del self._suspects[seq.request_id]
+
+    def _deliver(self, outputs: list[TokenOutput]) -> None:
+        for output in outputs:
+            self._counters["generated_tokens"] += len(output.tokens)
+            sink = self._sinks.get(output.request_id)
+            if output.finish_reason is not None:
+                self._sinks.pop(output.request_id, None)
+                self._counters[f"finished_{output.finish_reason}"] += 1
+            if sink is not None:
+                sink(output)
+        if outputs and outputs[0].tokens:
+            index = len(self.recovery.episodes) - 1
+            if index not in self._first_tokens and self.recovery.episodes[index].ended_s is not None:
+                self._first_tokens[index] = time.monotonic()
+                self._publish()
+
+    def _admit(self, request: EngineRequest, sink: Sink) -> None:
+        with self._lock:
+            self._num_queued -= 1
+        try:
+            self._check_serving()
+            self.scheduler.add(request)
+            self._sinks[request.request_id] = sink
+        except (EngineFull, EngineStopped, RequestError) as error:
+            sink(_failed(request.request_id, str(error)))
+
+    # -------------------------------------------------------------------------------------- opening and closing
+
+    def _open(self) -> None:
+        self._watch(self._wake_out.fileno(), self._drain_wake)
+        self._processes = WorkerPool(
+            runtime_dir=self.config.runtime_dir,
+            num_spares=self.config.num_spares,
+            watch=self._watch,
+            unwatch=self._unwatch,
+            on_message=self._on_worker_message,
+            on_end=self._on_worker_end,
+        )
+        self._processes.start()
+        self._plane = StatePlane(
+            self.config,
+            self.units,
+            fingerprint(self.config.model_folder, self.config.model),
+            watch=self._watch,
+            unwatch=self._unwatch,
+            on_gone=lambda device: self._handle(ev.AnchorGone(device=device)),
+        )
+        found = tuple(self._plane.open(device) for device in self.config.devices)
+        epoch = self._plane.newest_epoch() + 1
+        for device in found:
+            if device.shard is not None:
+                self._plane.keep_weights_only(device.device, epoch)
+        self._handle(ev.Start(devices=found, epoch=epoch))
+
+    def _close(self) -> None:
+        for request_id in list(self._sinks):
+            self._deliver([_failed(request_id, "the engine stopped")])
+        if hasattr(self, "_processes"):
+            self._processes.stop(STOP_TIMEOUT_S)
+        if hasattr(self, "_plane"):
+            self._plane.close(stop_anchors=not self._keep_anchors)
+        if self._region is not None:
+            self._region.close()
+        self._selector.close()
+        self._wake_in.close()
+        self._wake_out.close()
+        self._publish("stopped")
+
+    # ---------------------------------------------------------------------------------------------- event loop
+
+    def _watch(self, fd: int, callback: Callable[[], None]) -> None:
+        self._selector.register(fd, selectors.EVENT_READ, callback)
+
+    def _unwatch(self, fd: int) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(fd)
+
+    def _pump(self, timeout_s: float) -> None:
+        """Waits for anything to happen, at most `timeout_s`, and handles it."""
+        timeout_s = max(0.0, timeout_s)
+        for process in self._workers.values():
+            if process.channel.has_backlog:
+                # A message larger than the socket's buffer; a reader that is alive takes the rest soon.
+                timeout_s = min(timeout_s, BACKLOG_POLL_S)
+                with contextlib.suppress(WireError):
+                    process.channel.flush()
+        for key, _ in self._selector.select(timeout_s):
+            if self._selector.get_map().get(key.fd) is key:  # not unwatched by a callback before it
+                key.data()
+        due_s = self.recovery.deadline_s
+        if due_s is not None and time.monotonic() >= due_s:
+            self._handle(ev.Tick())
+
+    def _idle_timeout(self) -> float:
+        due_s = self.recovery.deadline_s
+        return 1.0 if due_s is None else min(1.0, due_s - time.monotonic())
+
+    def _drain_wake(self) -> None:
+        with contextlib.suppress(BlockingIOError):
+            while self._wake_out.recv(4096, socket.MSG_DONTWAIT):
+                pass
+
+    def _run_inbox(self) -> None:
+        while self._inbox:
+            self._inbox.popleft()()
+
+    def _on_worker_message(self, process: WorkerProcess, message: Any) -> None:
+        device = process.device
+        if device is None or self._workers.get(device) is not process:
+            return
+        match message:
+            case m.StepDone():
+                self._answer = message
+            case m.WorkerAttached(epoch=epoch):
+                self._handle(ev.Attached(device=device, epoch=epoch))
+            case m.EpochLeft(epoch=epoch):
+                self._handle(ev.Left(device=device, epoch=epoch))
+            case m.LoadProgress(num_bytes=num_bytes, total_bytes=total_bytes):
+                self._load_progress[device] = (num_bytes, total_bytes)
+                self._publish()
+            case m.LoadDone(epoch=epoch, num_bytes=num_bytes):
+                self._load_progress.pop(device, None)
+                self._handle(ev.Loaded(device=device, epoch=epoch, num_bytes=num_bytes))
+            case m.LoadRefused(epoch=epoch, reason=reason):
+                self._handle(ev.LoadFailed(device=device, epoch=epoch, reason=reason))
+            case m.GroupFormed(epoch=epoch):
+                self._handle(ev.Formed(device=device, epoch=epoch))
+            case m.HandedOver(ok=ok, reason=reason):
+                self._handed_over(device, ok, reason)
+
+    def _on_worker_end(self, process: WorkerProcess, how: str) -> None:
+        device = process.device
+        if device is not None and self._workers.get(device) is process:
+            del self._workers[device]
+            self._handle(ev.WorkerGone(device=device, reason=how))
+
+    # ------------------------------------------------------------------------------------------------- recovery
+
+    def _handle(self, event: ev.Event) -> None:
+        """Feeds the coordinator and carries out what it says; answers that come at once are fed in turn."""
+        self._events.append(event)
+        if self._handling:
+            return
+        self._handling = True
+        try:
+            while self._events:
+                for command in self.recovery.handle(self._events.popleft(), time.monotonic()):
+                    self._perform(command)
+        finally:
+            self._handling = False
+        self._tell_story()
+        self._publish()
+
+    def _perform(self, command: ev.Command) -> None:
+        match command:
+            case ev.Abort(epoch=epoch):
+                if self._region is not None:
+                    self._region.abort(f"epoch {epoch} is over")
+            case ev.Fence(device=device, reason=reason):
+                process = self._workers.get(device)
+                if process is not None:
+                    process.last_words = process.last_words or reason
+                    process.kill()
+            case ev.Leave(device=device, epoch=epoch):
+                self._send(device, m.LeaveEpoch(epoch=epoch))
+            case ev.TakeCensus(epoch=epoch, devices=devices):
+                self._handle(ev.CensusTaken(epoch=epoch, alive=self._plane.census(devices, epoch)))
+            case ev.Adopt(device=device, epoch=epoch):
+                self._adopt(device)
+            case ev.Attach(device=device, epoch=epoch):
+                self._processes.take(lambda process: self._assign(process, device, epoch))
+            case ev.Reserve(epoch=epoch, plan=plan, num_kv_blocks=num_kv_blocks, fresh=fresh):
+                refused = self._plane.reserve(plan.before, plan.after, num_kv_blocks, fresh, epoch)
+                self._handle(ev.Reserved(epoch=epoch, refused=refused))
+            case ev.Load(device=device, epoch=epoch, before=before, after=after, fresh=fresh):
+                order = m.LoadUnits(
+                    epoch=epoch, before=before.as_dict(), after=after.as_dict(), fresh=fresh
+                )
+                self._send(device, order)
+            case ev.Form():
+                self._form(command)
+            case ev.Drop(device=device):
+                process = self._workers.pop(device, None)
+                if process is not None:
+                    process.kill()
+                self._plane.drop(device)
+            case ev.Resume():
+                self._resume(command)
+            case ev.Refuse(reason=reason):
+                self._refuse(reason)
+
+    def _assign(self, process: WorkerProcess, device: str, epoch: int) -> None:
+        process.device = device
+        self._workers[device] = process
+        config = self.config
+        self._send(
+            device,
+            m.Assign(
+                device=device,
+                epoch=epoch,
+                runtime_dir=config.runtime_dir,
+                model_folder=config.model_folder,
+                dtype=config.model.dtype,
+                max_model_len=config.max_model_len,
+                max_batch_tokens=config.max_batch_tokens,
+                kv_block_size=config.kv_block_size,
+                kv_blocks=config.kv_blocks,
+                num_threads=config.threads_per_worker,
+                collectives=config.collectives,
+                strikes=tuple(strike for strike in self._strikes if strike.device == device),
+            ),
+        )
+
+    def _form(self, command: ev.Form) -> None:
+        self._plane.put_manifests(command.layout, command.num_kv_blocks, command.epoch)
+        if self._region is not None:
+            self._region.close()
+        self._ranks = command.layout.devices
+        self._region = ShmRegion.create(command.epoch, len(self._ranks), self._slot_bytes())
+        shards = [(shard.device, shard.as_dict()) for shard in command.layout.shards]
+        order = m.FormGroup(epoch=command.epoch, shards=shards)
+        for device in self._ranks:
+            self._send(device, order, fds=(self._region.fd,))
+
+    def _slot_bytes(self) -> int:
+        """Room for the largest all-reduce, one step's hidden states in float32; larger gathers go in pieces."""
+        return self.config.max_batch_tokens * self.config.model.hidden_size * 4
+
+    def _resume(self, command: ev.Resume) -> None:
+        self.scheduler.set_num_blocks(command.num_kv_blocks)
+        if not command.kv_intact:
+            self.scheduler.on_kv_lost()
+        self._ready.set()
+
+    def _refuse(self, reason: str) -> None:
+        self._refusal = reason
+        self.scheduler.fail_all(reason)
+        self._deliver(self.scheduler.take_failures())
+        self._ready.set()
+
+    def _adopt(self, device: str) -> None:
+        """Starting an anchor takes longer than a step, so that happens on a thread; serving goes on."""
+        if device in self._adopting:
+            return
+        self._adopting.add(device)
+
+        def start() -> None:
+            try:
+                self._plane.ensure_anchor(device)
+                self._post(lambda: self._hand_over(device))
+            except AnchorTPError as error:
+                self._post(lambda error=error: self._handed_over(device, False, str(error)))
+
+        threading.Thread(target=start, name=f"anchortp-adopt-{device}", daemon=True).start()
+
+    def _hand_over(self, device: str) -> None:
+        if device not in self._workers or device not in self.recovery.members:
+            self._handed_over(device, False, "its worker is gone too")
+            return
+        epoch = self.recovery.epoch
+        try:
+            self._plane.reconnect(device, epoch)
+        except AnchorTPError as error:
+            self._handed_over(device, False, str(error))
+            return
+        ranges = self._plane.committed_ranges(self.recovery.layout[device])
+        self._send(device, m.HandOver(epoch=epoch, ranges=ranges))
+
+    def _handed_over(self, device: str, ok: bool, reason: str) -> None:
+        self._adopting.discard(device)
+        if ok:
+            shard = self.recovery.layout[device]
+            self._plane.put_manifest(shard, self.recovery.num_kv_blocks, self.recovery.epoch)
+        self._handle(ev.Adopted(device=device, ok=ok, reason=reason))
+
+    def _send(self, device: str, message: Any, fds: tuple[int, ...] = ()) -> None:
+        """To a worker. One that is gone or does not read is dealt with by its pidfd, or its deadline."""
+        process = self._workers.get(device)
+        if process is not None:
+            with contextlib.suppress(WireError):
+                process.channel.post(message, fds)
+
+    # ---------------------------------------------------------------------------------------------- reporting
+
+    @property
+    def pool_needs_spares(self) -> bool:
+        return self._processes.num_spares_ready < self.config.num_spares
+
+    def _tell_story(self) -> None:
+        """New lines of the story go to the log as they come."""
+        lines = [line for episode in self.recovery.episodes for line in episode.lines]
+        for line in lines[self._story_lines :]:
+            log.info("epoch %d, %s: %s", line.epoch, line.phase, line.text)
+        self._story_lines = len(lines)
+
+    def _publish(self, state: str | None = None) -> None:
+        """Replaces the snapshot that `status` returns; other threads read it without a lock."""
+        recovery = self.recovery
+        self._publish_due_s = time.monotonic() + PUBLISH_EVERY_S
+        names = {SERVING: "serving", REFUSING: "refusing", IDLE: "starting"}
+        if state is None:
+            before_first = len(recovery.episodes) == 1 and recovery.episodes[0].ended_s is None
+            state = names.get(recovery.phase, "starting" if before_first else "recovering")
+        self._status = {
+            "state": state,
+            "epoch": recovery.epoch,
+            "reason": self._refusal,
+            "recovery": recovery.snapshot(),
+            "load_progress": {d: list(p) for d, p in self._load_progress.items()},
+            "num_running": self.scheduler.num_running,
+            "num_waiting": self.scheduler.num_waiting,
+            "num_spares": self._processes.num_spares_ready if hasattr(self, "_processes") else 0,
+            "workers": {device: process.pid for device, process in self._workers.items()},
+            "counters": dict(self._counters),
+            "episodes": [self._episode(i) for i in range(len(recovery.episodes))[-MAX_EPISODES_SHOWN:]],
+        }
+
+    def _episode(self, index: int) -> dict[str, Any]:
+        episode = self.recovery.episodes[index]
+        first = self._first_tokens.get(index)
+        return episode.as_dict() | {
+            "first_token_s": None if first is None else first - episode.began_s,
+        }
+
+
+def _recovery_config(config: EngineConfig) -> RecoveryConfig:
+    return RecoveryConfig(
+        kv_block_size=config.kv_block_size,
+        kv_blocks=config.kv_blocks,
+        min_kv_blocks=config.min_kv_blocks,
+        speeds=dict(config.speeds) or None,
+    )
+
+
+def _failed(request_id: str, error: str) -> TokenOutput:
+    return TokenOutput(request_id=request_id, tokens=(), finish_reason="error", error=error)

@@ -1,0 +1,278 @@
+"""[controller] The state plane as the controller sees it: one anchor per device, its arenas, its manifest."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from anchortp.config import EngineConfig
+from anchortp.errors import (
+    AnchorRunning,
+    AnchorTPError,
+    BudgetExceeded,
+    ChannelClosed,
+    ManifestInvalid,
+    WireError,
+)
+from anchortp.layout import (
+    FAMILIES,
+    KV,
+    KVAddresses,
+    Layout,
+    ModelUnits,
+    Shard,
+    WeightAddresses,
+    empty_shard,
+    shard_from_dict,
+)
+from anchortp.recovery.events import DeviceFound
+from anchortp.state.client import AnchorClient
+from anchortp.state.launch import start_anchor
+from anchortp.state.manifest import Manifest
+
+log = logging.getLogger("anchortp.engine")
+
+WEIGHTS_ARENA, KV_ARENA = "weights", "kv"
+PING_TIMEOUT_S = 5.0
+
+
+class StatePlane:
+    """Connections to the anchors of one engine's devices. All calls are synchronous and bounded in time.
+
+    `watch(fd, callback)` / `unwatch(fd)`: the controller's selector. `on_gone(device)` is called when an
+    anchor's connection ends.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        units: ModelUnits,
+        fingerprint: str,
+        *,
+        watch: Callable[[int, Callable[[], None]], None],
+        unwatch: Callable[[int], None],
+        on_gone: Callable[[str], None],
+    ):
+        self._config = config
+        self._units = units
+        self._fingerprint = fingerprint
+        self._watch, self._unwatch, self._on_gone = watch, unwatch, on_gone
+        self.weights = WeightAddresses(units=units)
+        self.kv = KVAddresses(
+            config=units.config, block_size=config.kv_block_size, num_blocks=config.kv_blocks
+        )
+        self._clients: dict[str, AnchorClient] = {}
+        self._kv_slots: dict[str, int] = {}
+        self._num_kv_blocks = 0
+        self._ours = _Started(Path(config.runtime_dir))
+
+    # ------------------------------------------------------------------------------------------ finding
+
+    def open(self, device: str) -> DeviceFound:
+        """Connects to the device's anchor, starting one if there is none, and reads what it holds."""
+        self.ensure_anchor(device)
+        client = self._connect(device)
+        return DeviceFound(
+            device=device, budget_bytes=client.welcome.budget_bytes, shard=self._held(device, client)
+        )
+
+    def newest_epoch(self) -> int:
+        return max(client.welcome.epoch for client in self._clients.values())
+
+    def ensure_anchor(self, device: str) -> None:
+        """Starts an anchor unless one runs. Blocks until it listens; may run on any thread."""
+        with contextlib.suppress(AnchorRunning):
+            pid = start_anchor(
+                device=device,
+                budget_bytes=self._config.device_memory_bytes,
+                runtime_dir=self._config.runtime_dir,
+            )
+            self._ours.add(device, pid)
+
+    def _connect(self, device: str) -> AnchorClient:
+        client = AnchorClient.connect(
+            self._config.runtime_dir, device, role="controller", timeout_s=PING_TIMEOUT_S
+        )
+        self._clients[device] = client
+        self._watch(client.fileno(), lambda: self._gone(device, client))
+        return client
+
+    def reconnect(self, device: str, epoch: int) -> None:
+        """To the anchor that took the place of one that crashed."""
+        self._connect(device).fence(epoch)
+
+    def _held(self, device: str, client: AnchorClient) -> Shard | None:
+        """What the manifest says is in the arena, if it is this model's, laid out as this engine would."""
+        try:
+            manifest = client.get_manifest()
+        except ManifestInvalid as error:
+            log.warning("%s: %s", device, error)
+            return None
+        if manifest is None:
+            return None
+        expected = {WEIGHTS_ARENA: self.weights.reserved_bytes}
+        same_arena = expected.items() <= manifest.arenas.items()
+        if manifest.model != self._fingerprint or set(manifest.shards) != set(FAMILIES) or not same_arena:
+            log.info("%s holds another model (or other settings); it is loaded anew", device)
+            return None
+        shard = shard_from_dict(device, manifest.shards)
+        return shard if any(shard.slots) else None
+
+    def _gone(self, device: str, client: AnchorClient) -> None:
+        if self._clients.get(device) is client:
+            self._close(device)
+            self._on_gone(device)
+
+    def _close(self, device: str) -> None:
+        client = self._clients.pop(device, None)
+        if client is not None:
+            self._unwatch(client.fileno())
+            client.close()
+
+    # ------------------------------------------------------------------------------------------- census
+
+    def census(self, devices: tuple[str, ...], epoch: int) -> tuple[str, ...]:
+        """Raises the epoch on every anchor, which voids all older leases; returns those that answered."""
+        alive = []
+        for device in devices:
+            client = self._clients.get(device)
+            if client is None:
+                continue
+            try:
+                client.fence(epoch)
+                alive.append(device)
+            except WireError as error:
+                log.info("%s: its anchor does not answer: %s", device, error)
+                self._close(device)
+        return tuple(alive)
+
+    def drop(self, device: str) -> None:
+        """Forgets a device, and stops its anchor if that still answers: a device that is out holds no memory."""
+        client = self._clients.get(device)
+        if client is not None:
+            with contextlib.suppress(AnchorTPError):
+                client.shutdown()
+        self._close(device)
+
+    # ---------------------------------------------------------------------------------------- reserving
+
+    def reserve(
+        self, before: Layout, after: Layout, num_kv_blocks: int, fresh: tuple[str, ...], epoch: int
+    ) -> str:
+        """Commits every destination before a byte moves. Returns "" or the refusal, in words.
+
+        KV memory that the smaller number of blocks no longer needs is given back first.
+        """
+        try:
+            for shard in after.shards:
+                self._reserve(before, shard, num_kv_blocks, shard.device in fresh, epoch)
+        except BudgetExceeded as error:
+            return str(error)
+        except WireError as error:
+            # Its end is an event of its own and starts the recovery again; this attempt is over.
+            return f"an anchor went away while memory was reserved: {error}"
+        self._num_kv_blocks = num_kv_blocks
+        return ""
+
+    def _reserve(self, before: Layout, shard: Shard, num_kv_blocks: int, fresh: bool, epoch: int) -> None:
+        device = shard.device
+        client = self._clients.get(device)
+        if client is None:
+            raise ChannelClosed(f"{device} has no anchor")
+        if fresh:
+            self._recreate(client, epoch)
+            self._kv_slots[device] = 0
+            client.commit(WEIGHTS_ARENA, [self.weights.replicated_range], epoch)
+        held = before[device] if device in before.devices and not fresh else None
+        slots = self._kv_slots.setdefault(device, 0)
+        if num_kv_blocks < self._num_kv_blocks:
+            client.decommit(KV_ARENA, self.kv.slot_ranges(0, slots, num_kv_blocks, self._num_kv_blocks), epoch)
+        ranges = [
+            r
+            for family in FAMILIES
+            for r in self.weights.slot_ranges(family, len(held[family]) if held else 0, len(shard[family]))
+        ]
+        client.commit(WEIGHTS_ARENA, ranges, epoch)
+        client.commit(KV_ARENA, self.kv.slot_ranges(0, len(shard[KV]), 0, num_kv_blocks), epoch)
+        self._kv_slots[device] = len(shard[KV])
+
+    def _recreate(self, client: AnchorClient, epoch: int) -> None:
+        """New, empty arenas in place of whatever is there."""
+        wanted = {WEIGHTS_ARENA: self.weights.reserved_bytes, KV_ARENA: self.kv.reserved_bytes}
+        for arena in client.status().arenas:
+            client.drop_arena(arena.name, epoch)
+        for name, reserved_bytes in wanted.items():
+            client.create_arena(name, reserved_bytes, epoch).close()
+        # From now until it is loaded the device holds nothing that anyone may attach to.
+        self.put_manifest(empty_shard(client.welcome.device), 0, epoch)
+
+    def keep_weights_only(self, device: str, epoch: int) -> None:
+        """Attaching to arenas of an earlier engine: its KV cache has no owner any more and is made anew."""
+        client = self._clients[device]
+        if any(arena.name == KV_ARENA for arena in client.status().arenas):
+            client.drop_arena(KV_ARENA, epoch)
+        client.create_arena(KV_ARENA, self.kv.reserved_bytes, epoch).close()
+
+    def put_manifests(self, layout: Layout, num_kv_blocks: int, epoch: int) -> None:
+        """Says in every anchor what its arenas hold now. An anchor that has just died is skipped."""
+        for shard in layout.shards:
+            self.put_manifest(shard, num_kv_blocks, epoch)
+
+    def put_manifest(self, shard: Shard, num_kv_blocks: int, epoch: int) -> None:
+        client = self._clients.get(shard.device)
+        manifest = Manifest(
+            device=shard.device,
+            model=self._fingerprint,
+            dtype=self._units.config.dtype,
+            epoch=epoch,
+            shards={family: shard[family] for family in FAMILIES},
+            arenas={WEIGHTS_ARENA: self.weights.reserved_bytes, KV_ARENA: self.kv.reserved_bytes},
+            num_kv_blocks=num_kv_blocks,
+            kv_block_size=self._config.kv_block_size,
+        )
+        if client is not None:
+            with contextlib.suppress(ChannelClosed):
+                client.put_manifest(manifest.seal(), epoch)
+
+    def committed_ranges(self, shard: Shard) -> dict[str, list[tuple[int, int]]]:
+        """What is committed in each arena of a device: for the anchor that adopts them."""
+        weights = [self.weights.replicated_range]
+        for family in FAMILIES:
+            weights += self.weights.slot_ranges(family, 0, len(shard[family]))
+        kv = self.kv.slot_ranges(0, self._kv_slots.get(shard.device, 0), 0, self._num_kv_blocks)
+        return {WEIGHTS_ARENA: weights, KV_ARENA: list(kv)}
+
+    # ------------------------------------------------------------------------------------------- ending
+
+    def close(self, *, stop_anchors: bool) -> None:
+        """Ends the connections. `stop_anchors`: also the anchors that an engine (not a person) started."""
+        for device, client in list(self._clients.items()):
+            if stop_anchors and self._ours.includes(device, client.welcome.pid):
+                with contextlib.suppress(AnchorTPError):
+                    client.shutdown()
+            self._close(device)
+
+
+class _Started:
+    """Which anchors were started by an engine: on disk, because that engine may have been killed since."""
+
+    def __init__(self, runtime_dir: Path):
+        self._path = runtime_dir / "started-anchors.json"
+
+    def _read(self) -> dict[str, int]:
+        try:
+            return json.loads(self._path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return {}
+
+    def add(self, device: str, pid: int) -> None:
+        started = self._read() | {device: pid}
+        partial = self._path.with_suffix(".partial")
+        partial.write_text(json.dumps(started), encoding="utf-8")
+        partial.replace(self._path)
+
+    def includes(self, device: str, pid: int) -> bool:
+        return self._read().get(device) == pid

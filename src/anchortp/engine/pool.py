@@ -1,0 +1,252 @@
+"""[controller] The processes that can compute: a zygote that forks them, spares, and workers."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from anchortp.engine import messages as m
+from anchortp.engine.zygote import become_subreaper
+from anchortp.errors import ChannelClosed, WireError
+from anchortp.state.process import kill, open_pidfd, wait_gone
+from anchortp.state.wire import Channel
+
+Watch = Callable[[int, Callable[[], None]], None]
+
+
+class WorkerProcess:
+    """A forked process: spare while `device` is None. `pidfd` is readable once it has ended."""
+
+    def __init__(self, channel: Channel):
+        self.channel = channel
+        self.pid = 0
+        self.pidfd = -1
+        self.device: str | None = None
+        self.last_words = ""
+
+    def started(self, pid: int) -> None:
+        self.pid, self.pidfd = pid, open_pidfd(pid)
+
+    def kill(self) -> None:
+        """SIGKILL: also ends a process that is stopped. Its end is seen through `pidfd`."""
+        if self.pidfd >= 0:
+            kill(self.pidfd, signal.SIGKILL)
+
+    def reap(self) -> str:
+        """Collects the exit status of a process that has ended and says how it ended; closes everything."""
+        status = "ended"
+        if self.pidfd >= 0:
+            with contextlib.suppress(ChildProcessError):
+                result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
+                if result is not None and result.si_code == os.CLD_EXITED:
+                    status = f"exited with status {result.si_status}"
+                elif result is not None:
+                    status = f"killed by {signal.Signals(result.si_status).name}"
+            os.close(self.pidfd)
+            self.pidfd = -1
+        self.channel.close()
+        return f"{status} ({self.last_words})" if self.last_words else status
+
+
+class WorkerPool:
+    """Keeps `num_spares` processes ready and hands them out in the order in which they were asked for.
+
+    `watch(fd, callback)` and `unwatch(fd)` are the controller's selector; all callbacks run on its thread.
+    `on_message(process, message)` gets what workers say, `on_end(process, how)` the end of one that had a
+    device. A zygote that dies is replaced; no worker dies with it.
+    """
+
+    def __init__(
+        self,
+        *,
+        runtime_dir: str,
+        num_spares: int,
+        watch: Watch,
+        unwatch: Callable[[int], None],
+        on_message: Callable[[WorkerProcess, Any], None],
+        on_end: Callable[[WorkerProcess, str], None],
+    ):
+        self._runtime_dir = runtime_dir
+        self._num_spares = num_spares
+        self._watch, self._unwatch = watch, unwatch
+        self._on_message, self._on_end = on_message, on_end
+        self._zygote: subprocess.Popen[bytes] | None = None
+        self._zygote_channel: Channel | None = None
+        self._zygote_ready = False
+        self._processes: set[WorkerProcess] = set()
+        self._spares: deque[WorkerProcess] = deque()
+        self._wanted: deque[Callable[[WorkerProcess], None]] = deque()
+        self._stopping = False
+
+    def start(self) -> None:
+        """Starts the zygote; forks follow when it is ready."""
+        become_subreaper()
+        self._start_zygote()
+
+    def take(self, use: Callable[[WorkerProcess], None]) -> None:
+        """Calls `use` with a spare: now if there is one, else as soon as one is ready."""
+        if self._spares:
+            use(self._spares.popleft())
+            return
+        self._wanted.append(use)
+        self._fork_missing()
+
+    def replenish(self) -> None:
+        """Forks spares up to the wanted number. Called when there is time for it, not during a recovery."""
+        self._fork_missing()
+
+    @property
+    def num_spares_ready(self) -> int:
+        return len(self._spares)
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends every process, kindly first; none is left when it returns."""
+        self._stopping = True
+        for process in list(self._processes):
+            with contextlib.suppress(WireError):
+                process.channel.send(m.Stop(), timeout_s=0.1)
+        for process in list(self._processes):
+            if process.pidfd < 0:
+                continue
+            if not wait_gone(process.pidfd, timeout_s):
+                process.kill()
+                wait_gone(process.pidfd, timeout_s)
+        for process in list(self._processes):
+            self._forget(process)
+        if self._zygote is not None:
+            self._drop_zygote_channel()
+            try:
+                self._zygote.wait(timeout_s)
+            except subprocess.TimeoutExpired:
+                self._zygote.kill()
+                self._zygote.wait()
+
+    # ------------------------------------------------------------------------------------------- inside
+
+    def _start_zygote(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs, Path(self._runtime_dir, "workers.log").open("ab") as log:
+            command = [sys.executable, "-m", "anchortp.engine.zygote"]
+            command += ["--fd", str(theirs.fileno()), "--controller", str(os.getpid())]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            self._zygote = subprocess.Popen(
+                command,
+                pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+            )
+        self._zygote_ready = False
+        self._zygote_channel = Channel(ours, m.FromZygote)
+        self._watch(self._zygote_channel.fileno(), self._read_zygote)
+
+    def _read_zygote(self) -> None:
+        assert self._zygote_channel is not None
+        try:
+            ready = self._zygote_channel.receive_ready()
+        except WireError:
+            self._replace_zygote()
+            return
+        if ready:
+            self._zygote_ready = True
+            self._fork_missing()
+
+    def _replace_zygote(self) -> None:
+        self._drop_zygote_channel()
+        assert self._zygote is not None
+        self._zygote.wait()
+        if self._stopping:
+            return
+        # Forks that were asked for and not answered are asked for again.
+        for process in [p for p in self._processes if p.pid == 0]:
+            self._forget(process)
+        self._start_zygote()
+
+    def _drop_zygote_channel(self) -> None:
+        if self._zygote_channel is not None:
+            self._unwatch(self._zygote_channel.fileno())
+            self._zygote_channel.close()
+            self._zygote_channel = None
+
+    def _fork_missing(self) -> None:
+        if not self._zygote_ready or self._stopping:
+            return
+        coming = sum(1 for p in self._processes if p.device is None)
+        for _ in range(self._num_spares + len(self._wanted) - coming):
+            self._fork()
+
+    def _fork(self) -> None:
+        assert self._zygote_channel is not None
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with theirs:
+            try:
+                self._zygote_channel.send(m.ForkSpare(), fds=(theirs.fileno(),))
+            except WireError:
+                ours.close()
+                return  # the zygote's end is read as an event, and it is replaced
+        process = WorkerProcess(Channel(ours, m.FromWorker))
+        self._processes.add(process)
+        self._watch(ours.fileno(), lambda: self._read(process))
+
+    def _read(self, process: WorkerProcess) -> None:
+        try:
+            ready = process.channel.receive_ready()
+        except ChannelClosed:
+            self._unwatch(process.channel.fileno())
+            if process.pid == 0:
+                self._forget(process)
+                self._fork_missing()
+            return  # its end comes through the pidfd, with its status
+        except WireError as error:
+            process.last_words = str(error)
+            self._unwatch(process.channel.fileno())
+            process.kill()
+            return
+        for received in ready:
+            if isinstance(received.message, m.SpareReady):
+                self._spare_ready(process, received.message.pid)
+            elif isinstance(received.message, m.WorkerFailed):
+                process.last_words = received.message.reason
+            elif process in self._processes:
+                self._on_message(process, received.message)
+
+    def _spare_ready(self, process: WorkerProcess, pid: int) -> None:
+        process.started(pid)
+        self._watch(process.pidfd, lambda: self._ended(process))
+        if self._wanted:
+            self._wanted.popleft()(process)
+        else:
+            self._spares.append(process)
+
+    def _ended(self, process: WorkerProcess) -> None:
+        if process.channel.fileno() >= 0:
+            self._read_last_words(process)
+        device = process.device
+        how = self._forget(process)
+        if device is not None:
+            self._on_end(process, how)
+        self._fork_missing()
+
+    def _read_last_words(self, process: WorkerProcess) -> None:
+        with contextlib.suppress(WireError):
+            for received in process.channel.receive_ready():
+                if isinstance(received.message, m.WorkerFailed):
+                    process.last_words = received.message.reason
+
+    def _forget(self, process: WorkerProcess) -> str:
+        self._processes.discard(process)
+        with contextlib.suppress(ValueError):
+            self._spares.remove(process)
+        for fd in (process.channel.fileno(), process.pidfd):
+            if fd >= 0:
+                self._unwatch(fd)
+        return process.reap()

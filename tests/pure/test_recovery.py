@@ -1,0 +1,394 @@
+"""The coordinator in a simulated world: random faults at random moments, every command answered exactly once."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections import deque
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from anchortp.layout import FAMILIES, KVAddresses, WeightAddresses, initial_layout, model_units
+from anchortp.recovery import Coordinator, RecoveryConfig, StepDeadline, replay
+from anchortp.recovery import events as ev
+from anchortp.recovery.coordinator import FORMING, LEAVING, LOADING, REFUSING, SERVING
+from tests.pure.test_layout_and_shrink import devices, make_config
+
+UNITS = model_units(make_config(kv_heads=3, group=3))
+CONFIG = RecoveryConfig(kv_block_size=16, kv_blocks=64, min_kv_blocks=8)
+PLENTY = 1 << 30
+
+
+class World:
+    """A shell without IO. `anchors` and `workers` are what is alive; `inflight` the answers still to be given."""
+
+    def __init__(self, names=devices(4), budget=PLENTY, units=UNITS, config=CONFIG, shards=None):
+        self.anchors = set(names)
+        self.workers: set[str] = set()
+        self.inflight: deque[ev.Event] = deque()
+        self.now = 100.0
+        self.coordinator = Coordinator(units, config)
+        self.commands: list[ev.Command] = []
+        self.resumed: list[ev.Resume] = []
+        self.fresh_loads = 0
+        found = tuple(
+            ev.DeviceFound(device=name, budget_bytes=budget, shard=(shards or {}).get(name)) for name in names
+        )
+        self.give(ev.Start(devices=found, epoch=1))
+
+    def give(self, event: ev.Event) -> None:
+        self.now += 0.001
+        for command in self.coordinator.handle(event, self.now):
+            self.commands.append(command)
+            self._perform(command)
+
+    def _perform(self, command: ev.Command) -> None:
+        answer: ev.Event | None = None
+        match command:
+            case ev.Fence(device=device):
+                self.workers.discard(device)
+                answer = ev.WorkerGone(device=device, reason="fenced")
+            case ev.Leave(device=device, epoch=epoch):
+                answer = ev.Left(device=device, epoch=epoch)
+            case ev.TakeCensus(epoch=epoch, devices=names):
+                alive = tuple(name for name in names if name in self.anchors)
+                answer = ev.CensusTaken(epoch=epoch, alive=alive)
+            case ev.Adopt(device=device):
+                ok = device in self.workers
+                if ok:
+                    self.anchors.add(device)
+                answer = ev.Adopted(device=device, ok=ok, reason="" if ok else "no worker")
+            case ev.Attach(device=device, epoch=epoch):
+                self.workers.add(device)
+                answer = ev.Attached(device=device, epoch=epoch)
+            case ev.Reserve(epoch=epoch):
+                answer = ev.Reserved(epoch=epoch)
+            case ev.Load(device=device, epoch=epoch, before=before, after=after, fresh=fresh):
+                num_bytes = sum((len(after[f]) - len(before[f])) * UNITS.unit_bytes[f] for f in FAMILIES)
+                self.fresh_loads += fresh
+                answer = ev.Loaded(
+                    device=device, epoch=epoch, num_bytes=num_bytes + fresh * UNITS.replicated_bytes
+                )
+            case ev.Form(epoch=epoch, layout=layout):
+                layout.check(UNITS)
+                for device in layout.devices:
+                    self.inflight.append(ev.Formed(device=device, epoch=epoch))
+            case ev.Resume():
+                self.resumed.append(command)
+            case ev.Drop(device=device):
+                self.anchors.discard(device)
+                self.workers.discard(device)
+        if answer is not None:
+            self.inflight.append(answer)
+
+    def answer_one(self, rng: random.Random | None = None) -> None:
+        """Gives one outstanding answer; each process answers in order, different ones in any order."""
+        index = rng.randrange(len(self.inflight)) if rng else 0
+        first = next(i for i, a in enumerate(self.inflight) if _who(a) == _who(self.inflight[index]))
+        event = self.inflight[first]
+        del self.inflight[first]
+        who = _who(event)
+        if who in devices(16) and who not in self.workers and not isinstance(event, ev.WorkerGone | ev.Adopted):
+            return  # the process that would have answered is dead
+        self.give(event)
+
+    def settle(self, rng: random.Random | None = None) -> None:
+        for _ in range(10_000):
+            if not self.inflight:
+                break
+            self.answer_one(rng)
+        assert not self.inflight
+        assert self.coordinator.phase in (SERVING, REFUSING), self.coordinator.phase
+
+    def crash(self, device: str) -> None:
+        if device in self.workers:
+            self.workers.discard(device)
+            self.give(ev.WorkerGone(device=device, reason="killed by SIGKILL"))
+
+    def lose(self, device: str) -> None:
+        self.anchors.discard(device)
+        self.crash(device)
+        self.give(ev.AnchorGone(device=device))
+
+    def kill_anchor(self, device: str) -> None:
+        self.anchors.discard(device)
+        self.give(ev.AnchorGone(device=device))
+
+    def hang(self, device: str) -> None:
+        self.give(ev.WorkerHung(device=device, reason="no answer"))
+
+
+def _who(event: ev.Event) -> str:
+    return getattr(event, "device", "shell")
+
+
+def of_kind(commands, kind):
+    return [command for command in commands if isinstance(command, kind)]
+
+
+def serving(**options) -> World:
+    world = World(**options)
+    world.settle()
+    assert world.coordinator.phase == SERVING
+    world.commands.clear()
+    return world
+
+
+def test_cold_start_loads_everything_once():
+    world = serving()
+    episode = world.coordinator.episodes[0]
+    assert world.coordinator.layout == initial_layout(UNITS, devices(4))
+    assert world.fresh_loads == 4
+    held = sum(world.coordinator.layout.weight_bytes(UNITS, d) for d in devices(4))
+    assert episode.loaded_bytes == held
+    assert episode.lost_bytes == 0 and episode.outcome == "serving"
+    assert world.resumed == [ev.Resume(epoch=1, kv_intact=False, num_kv_blocks=64)]
+
+
+def test_device_lost_shrinks_and_loads_what_was_lost():
+    world = serving()
+    world.lose("cpu:2")
+    world.settle()
+    episode = world.coordinator.episodes[-1]
+    assert episode.devices_lost == ["cpu:2"]
+    assert world.coordinator.layout.devices == ("cpu:0", "cpu:1", "cpu:3")
+    assert episode.loaded_bytes == episode.lost_bytes + episode.replica_bytes > 0
+    assert episode.copied_bytes == 0
+    kinds = [type(command) for command in world.commands]
+    order = [ev.Abort, ev.Leave, ev.TakeCensus, ev.Drop, ev.Reserve, ev.Load, ev.Form, ev.Resume]
+    assert sorted(set(kinds), key=kinds.index) == order
+    assert not of_kind(world.commands, ev.Attach)
+
+
+def test_worker_crash_attaches_a_spare_and_loads_nothing():
+    world = serving()
+    before = world.coordinator.layout
+    world.crash("cpu:1")
+    world.settle()
+    assert world.coordinator.layout == before
+    assert not of_kind(world.commands, ev.Load) and not of_kind(world.commands, ev.Reserve)
+    assert of_kind(world.commands, ev.Attach) == [ev.Attach(device="cpu:1", epoch=2)]
+    assert world.resumed[-1] == ev.Resume(epoch=2, kv_intact=True, num_kv_blocks=64)
+    assert world.coordinator.episodes[-1].workers_replaced == ["cpu:1"]
+    assert world.coordinator.episodes[-1].loaded_bytes == 0
+
+
+def test_hang_is_fenced_and_then_a_crash():
+    world = serving()
+    world.hang("cpu:3")
+    world.settle()
+    assert isinstance(world.commands[0], ev.Fence) and world.commands[0].device == "cpu:3"
+    assert world.resumed[-1].kv_intact and not of_kind(world.commands, ev.Load)
+    assert "hangs" in world.coordinator.episodes[-1].cause
+
+
+def test_anchor_crash_does_not_stop_serving():
+    world = serving()
+    world.kill_anchor("cpu:0")
+    assert world.coordinator.phase == SERVING and world.coordinator.epoch == 1
+    world.settle()
+    assert world.coordinator.snapshot()["devices"]["cpu:0"]["anchor"]
+    world.crash("cpu:0")
+    world.settle()
+    assert world.coordinator.layout.devices == devices(4)
+
+
+def test_anchor_and_worker_gone_is_a_loss_even_far_apart():
+    world = serving()
+    world.kill_anchor("cpu:0")
+    world.inflight.clear()  # the new anchor never comes
+    world.workers.discard("cpu:0")
+    world.give(ev.WorkerGone(device="cpu:0", reason="killed"))
+    world.settle()
+    assert world.coordinator.episodes[-1].devices_lost == ["cpu:0"]
+
+
+@pytest.mark.parametrize("phase", [LEAVING, LOADING, FORMING])
+def test_second_loss_in_every_phase_raises_the_epoch_and_counts_each_byte_once(phase):
+    world = serving()
+    world.lose("cpu:2")
+    while world.coordinator.phase != phase:
+        world.answer_one()
+    if phase == LOADING:
+        world.answer_one()  # one survivor has loaded, the others have not
+    epoch = world.coordinator.epoch
+    world.lose("cpu:3")
+    world.settle()
+    coordinator, episode = world.coordinator, world.coordinator.episodes[-1]
+    assert len(coordinator.episodes) == 2, "one story for both faults"
+    assert coordinator.epoch > epoch or phase == LEAVING
+    assert coordinator.layout.devices == ("cpu:0", "cpu:1")
+    assert sorted(episode.devices_lost) == ["cpu:2", "cpu:3"]
+    # Loads that were on their way when the second fault struck, and whose target died, were not counted.
+    assert episode.loaded_bytes == episode.lost_bytes + episode.replica_bytes
+
+
+def test_answers_of_an_old_epoch_are_dropped():
+    world = serving()
+    world.give(ev.Formed(device="cpu:1", epoch=0))
+    world.give(ev.Left(device="cpu:1", epoch=0))
+    world.give(ev.CensusTaken(epoch=0, alive=()))
+    world.give(ev.Reserved(epoch=0, refused="old"))
+    assert world.coordinator.phase == SERVING and not world.commands
+
+
+def test_too_little_memory_shrinks_the_kv_cache_first_and_then_refuses():
+    addresses = WeightAddresses(units=UNITS)
+    kv = KVAddresses(config=UNITS.config, block_size=16, num_blocks=64)
+    # Room for all the KV that is wanted at degree 4, for some of it at 2, and not for the weights at 1.
+    weights = max(addresses.committed_bytes(s) for s in initial_layout(UNITS, devices(2)).shards)
+    budget = weights + 3 * 40 * kv.block_bytes
+    assert budget < addresses.committed_bytes(initial_layout(UNITS, devices(1)).shards[0]) + budget // 4
+    world = serving(budget=budget)
+    blocks = [world.coordinator.num_kv_blocks]
+    for device in ("cpu:0", "cpu:1"):
+        world.lose(device)
+        world.settle()
+        assert world.coordinator.phase == SERVING
+        assert world.resumed[-1].num_kv_blocks == world.coordinator.num_kv_blocks
+        blocks.append(world.coordinator.num_kv_blocks)
+    assert blocks[0] > blocks[2] >= CONFIG.min_kv_blocks
+    held = world.coordinator.layout.without(["cpu:2"])
+    world.lose("cpu:2")
+    world.settle()
+    assert world.coordinator.phase == REFUSING
+    assert re.search(r"cpu:3 (would hold|has) \d+ bytes", world.commands[-1].reason)
+    assert world.coordinator.layout == held, "the state is kept"
+
+
+def test_last_device_lost_is_refused_clearly():
+    world = serving(names=devices(1))
+    world.lose("cpu:0")
+    world.settle()
+    assert world.coordinator.phase == REFUSING and "no device is left" in world.commands[-1].reason
+
+
+def test_checkpoint_that_cannot_be_read_is_refused_and_the_state_kept():
+    world = serving()
+    world.lose("cpu:2")
+    while world.coordinator.phase != LOADING:
+        world.answer_one()
+    world.inflight.clear()
+    held = world.coordinator.layout
+    world.give(ev.LoadFailed(device="cpu:0", epoch=world.coordinator.epoch, reason="file is short"))
+    assert world.coordinator.phase == REFUSING and "file is short" in world.commands[-1].reason
+    assert world.coordinator.layout == held
+
+
+def test_silence_is_fenced_at_the_deadline():
+    world = serving()
+    world.crash("cpu:1")
+    world.inflight = deque(a for a in world.inflight if _who(a) != "cpu:3")  # cpu:3 never leaves
+    while world.inflight:
+        world.answer_one()
+    assert world.coordinator.phase == LEAVING and world.coordinator.deadline_s is not None
+    world.give(ev.Tick())
+    assert not of_kind(world.commands, ev.Fence), "not before the deadline"
+    world.now = world.coordinator.deadline_s
+    world.give(ev.Tick())
+    assert [c.device for c in of_kind(world.commands, ev.Fence)] == ["cpu:3"]
+    world.settle()
+    assert world.coordinator.phase == SERVING and world.coordinator.layout.devices == devices(4)
+
+
+def test_a_device_whose_workers_keep_dying_is_given_up():
+    world = serving()
+    for _ in range(20):
+        if "cpu:1" not in world.coordinator.members:
+            break
+        world.crash("cpu:1")
+        while world.inflight and "cpu:1" not in world.workers:
+            world.answer_one()
+    world.settle()
+    assert "cpu:1" not in world.coordinator.members
+    assert "in a row" in " ".join(line.text for line in world.coordinator.episodes[-1].lines)
+
+
+def test_warm_attach_loads_nothing():
+    layout = initial_layout(UNITS, devices(4))
+    world = World(shards={shard.device: shard for shard in layout.shards})
+    world.settle()
+    assert world.coordinator.episodes[0].loaded_bytes == 0 and not of_kind(world.commands, ev.Load)
+    assert not world.resumed[-1].kv_intact
+
+
+def test_warm_attach_fills_a_replaced_device_with_what_is_missing():
+    layout = initial_layout(UNITS, devices(4))
+    world = World(shards={shard.device: shard for shard in layout.shards if shard.device != "cpu:1"})
+    world.settle()
+    after = world.coordinator.layout
+    after.check(UNITS)
+    assert {load.device for load in of_kind(world.commands, ev.Load)} == {"cpu:1"}
+    assert [after[d] for d in ("cpu:0", "cpu:2", "cpu:3")] == [layout[d] for d in ("cpu:0", "cpu:2", "cpu:3")]
+
+
+def test_whole_state_on_fewer_devices_gives_way_to_the_degree_asked_for():
+    layout = initial_layout(UNITS, devices(2))
+    world = World(shards={shard.device: shard for shard in layout.shards})
+    world.settle()
+    assert world.coordinator.layout == initial_layout(UNITS, devices(4))
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(2, 9), st.integers(1, 6), st.randoms(use_true_random=False))
+def test_any_faults_in_any_order_end_well(num_devices, num_faults, rng: random.Random):
+    world = World(names=devices(num_devices))
+    world.settle(rng)
+    for _ in range(num_faults):
+        for _ in range(rng.randint(0, 12)):
+            if world.inflight:
+                world.answer_one(rng)
+        device = rng.choice(devices(num_devices))
+        fault = rng.choice([world.crash, world.lose, world.kill_anchor, world.hang])
+        if fault == world.kill_anchor and device not in world.workers:
+            fault = world.lose
+        fault(device)
+    world.settle(rng)
+    coordinator = world.coordinator
+    if coordinator.phase == SERVING:
+        coordinator.layout.check(UNITS)
+        assert set(coordinator.members) == world.workers
+        assert world.resumed[-1].epoch == coordinator.epoch
+        widths = [len(shard["attention"]) for shard in coordinator.layout.shards]
+        assert max(widths) - min(widths) <= 1
+    else:
+        assert not coordinator.members, "only nobody at all is refused here"
+    for episode in coordinator.episodes[1:]:
+        assert episode.loaded_bytes <= episode.lost_bytes + episode.replica_bytes
+
+    again, commands = replay(UNITS, CONFIG, coordinator.log)
+    assert [c for batch in commands for c in batch] == world.commands
+    assert again.episodes == coordinator.episodes and again.layout == coordinator.layout
+
+
+def test_story_is_json_able_and_its_phases_add_up():
+    world = serving()
+    world.lose("cpu:2")
+    world.settle()
+    told = world.coordinator.episodes[-1].as_dict()
+    assert told["bytes"]["copied"] == 0 and told["outcome"] == "serving"
+    assert sum(told["phases"].values()) == pytest.approx(told["seconds"])
+    assert any("spread" in line["text"] or "loaded from the host" in line["text"] for line in told["timeline"])
+
+
+def test_speeds_weigh_the_shards():
+    config = replace(CONFIG, speeds={"cpu:0": 2.0})
+    world = serving(config=config)
+    widths = [len(shard["mlp"]) for shard in world.coordinator.layout.shards]
+    assert widths[0] > max(widths[1:])
+
+
+def test_step_deadline_learns_from_steps():
+    deadline = StepDeadline(floor_s=1.0, first_s=60.0, factor=8.0)
+    assert deadline.for_step(1) == 60.0
+    for _ in range(10):
+        deadline.observe(8, 0.25)
+    assert deadline.for_step(8) == pytest.approx(2.0)
+    deadline.observe(500, 1.0)
+    assert deadline.for_step(500) == pytest.approx(8 * (0.25 + 1.0))
+    for _ in range(deadline.window):
+        deadline.observe(8, 0.01)
+    assert deadline.for_step(8) == 1.0, "old, slow steps are forgotten, and the floor holds"
