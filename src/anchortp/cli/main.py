@@ -1,0 +1,191 @@
+"""`anchortp`: serve, anchor, status, fault, demo, bench."""
+
+from __future__ import annotations
+
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from anchortp.errors import AnchorTPError
+
+app = typer.Typer(
+    help="Tensor-parallel LLM serving that keeps answering when a device dies.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RuntimeDir = Annotated[
+    Path | None,
+    typer.Option(help="Private folder where anchors, server and tools meet. Default: one per user."),
+]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(help="Memory budget of each device, as 4G or 512M. Default: an equal share of 80 % of what is free."),
+]
+
+
+class FaultKind(StrEnum):
+    lost = "lost"
+    crash = "crash"
+    hang = "hang"
+
+
+class Collectives(StrEnum):
+    shm = "shm"
+    gloo = "gloo"
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub name; 'smollm2' for the packaged model.")],
+    tp: Annotated[int | None, typer.Option(help="Devices to use: cpu:0 to cpu:N-1.", min=1)] = None,
+    devices: Annotated[str | None, typer.Option(help="Devices by name, as cpu:0,cpu:2, instead of --tp.")] = None,
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    device_memory: DeviceMemory = None,
+    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
+    kv_tokens: Annotated[int | None, typer.Option(help="Tokens that the KV cache holds.")] = None,
+    max_num_seqs: Annotated[int, typer.Option(help="Requests that run at the same time.")] = 16,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 512,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get a 429.")] = 256,
+    speed: Annotated[
+        list[str] | None, typer.Option(help="Relative speed of a device, as cpu:0=2.0; repeat. Widths follow.")
+    ] = None,
+    spares: Annotated[int, typer.Option(help="Warm processes that wait to replace a worker.", min=0)] = 1,
+    collectives: Collectives = Collectives.shm,
+    served_model_name: Annotated[str | None, typer.Option(help="Name in the API. Default: the folder's.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="ANCHORTP_API_KEY", help="Ask clients for this key.")] = None,
+    keep_anchors: Annotated[
+        bool, typer.Option("--keep-anchors", help="Leave weights in the anchors when stopping.")
+    ] = False,
+    grace: Annotated[float, typer.Option(help="Seconds that running streams get to finish on SIGTERM.")] = 30.0,
+    fault_script: Annotated[
+        Path | None, typer.Option(help="JSON list of strikes (docs/lifecycle.md): faults at named places.")
+    ] = None,
+    log_file: Annotated[Path | None, typer.Option(help="Log here instead of to the terminal.")] = None,
+    runtime_dir: RuntimeDir = None,
+) -> None:
+    """Serve MODEL with the OpenAI API; start missing anchors, attach to running ones."""
+    from anchortp.cli import serving
+
+    serving.serve(
+        serving.ServeOptions(
+            model=model,
+            devices=serving.parse_devices(tp, devices),
+            host=host,
+            port=port,
+            served_model_name=served_model_name,
+            api_key=api_key,
+            keep_anchors=keep_anchors,
+            grace_s=grace,
+            fault_script=fault_script,
+            log_file=log_file,
+            runtime_dir=runtime_dir,
+        ),
+        dtype=dtype,
+        device_memory_bytes=serving.parse_bytes(device_memory),
+        max_model_len=max_model_len,
+        kv_tokens=kv_tokens,
+        max_num_seqs=max_num_seqs,
+        max_batch_tokens=max_num_batched_tokens,
+        max_waiting=max_waiting,
+        num_spares=spares,
+        collectives=collectives.value,
+        speeds=serving.parse_speeds(speed or []),
+    )
+
+
+@app.command()
+def anchor(
+    device: Annotated[str, typer.Argument(help="The device whose memory this anchor owns, as cpu:0.")],
+    device_memory: Annotated[str, typer.Option(help="Memory budget, as 4G or 512M.")],
+    runtime_dir: RuntimeDir = None,
+) -> None:
+    """Run the anchor of DEVICE in the foreground, until SIGTERM. It outlives every server."""
+    from anchortp.cli.serving import parse_bytes
+    from anchortp.config import default_runtime_dir
+    from anchortp.state.anchor import run_anchor
+
+    budget = parse_bytes(device_memory)
+    assert budget is not None
+    run_anchor(device=device, budget_bytes=budget, runtime_dir=runtime_dir or default_runtime_dir())
+
+
+@app.command()
+def status(
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
+    api_key: Annotated[str | None, typer.Option(envvar="ANCHORTP_API_KEY")] = None,
+    runtime_dir: RuntimeDir = None,
+) -> None:
+    """Show devices, workers, requests and the last recoveries."""
+    from anchortp.cli import status as view
+
+    view.show(runtime_dir, json_output=json_output, api_key=api_key)
+
+
+@app.command()
+def fault(
+    device: Annotated[str, typer.Argument(help="Where to strike, as cpu:2.")],
+    kind: Annotated[
+        FaultKind,
+        typer.Option(
+            help="lost: memory overwritten and gone, with its worker. crash: its worker is killed. "
+            "hang: its worker is stopped."
+        ),
+    ],
+    runtime_dir: RuntimeDir = None,
+) -> None:
+    """Inject a fault into a running system."""
+    from anchortp.config import default_runtime_dir
+    from anchortp.errors import WireError
+    from anchortp.state.client import AnchorClient
+
+    try:
+        with AnchorClient.connect(runtime_dir or default_runtime_dir(), device, role="tool") as client:
+            client.inject(kind.value)
+    except WireError as error:
+        raise AnchorTPError(f"{device} has no anchor that answers ({error}). `anchortp status` lists them.") from None
+    typer.echo(f"{device}: {kind.value}")
+
+
+@app.command()
+def demo(
+    model: Annotated[str, typer.Argument(help="Folder or hub name; by default the packaged SmolLM2.")] = "smollm2",
+    tp: Annotated[int, typer.Option(min=2)] = 4,
+    lose: Annotated[str, typer.Option(help="The device that dies.")] = "cpu:2",
+    streams: Annotated[int, typer.Option(min=1)] = 8,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Length of each answer.")] = 160,
+    device_memory: DeviceMemory = "2G",
+) -> None:
+    """The whole story in one command: serve, speak, lose a device, go on."""
+    from anchortp.cli import demo as story
+    from anchortp.cli.serving import parse_bytes
+
+    raise typer.Exit(
+        story.run(
+            model=model,
+            tp=tp,
+            lose=lose,
+            num_streams=streams,
+            max_tokens=max_tokens,
+            device_memory_bytes=parse_bytes(device_memory),
+        )
+    )
+
+
+def main() -> None:
+    """Entry point: errors of ours are one line on stderr and exit status 2 (1 for all others)."""
+    try:
+        app()
+    except AnchorTPError as error:
+        print(f"anchortp: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

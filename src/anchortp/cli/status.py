@@ -1,0 +1,120 @@
+"""`anchortp status`: what the anchors hold and what the engine does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from anchortp.cli.serving import serving_url
+from anchortp.config import default_runtime_dir
+from anchortp.errors import AnchorTPError, ConfigError
+from anchortp.state.client import AnchorClient
+
+TIMEOUT_S = 5.0
+
+
+def show(runtime_dir: Path | None, *, json_output: bool, api_key: str | None) -> None:
+    """Prints both. Raises ConfigError if there is neither an anchor nor a server."""
+    folder = runtime_dir or default_runtime_dir()
+    anchors = {device: _anchor(folder, device) for device in _devices(folder)}
+    engine = _engine(folder, api_key)
+    if not anchors and engine is None:
+        raise ConfigError(f"nothing runs under {folder}: no anchor, no server. Start `anchortp serve MODEL`.")
+    if json_output:
+        print(json.dumps({"anchors": anchors, "engine": engine}))
+        return
+    console = Console()
+    console.print(_anchor_table(anchors))
+    if engine is None:
+        console.print("no server")
+        return
+    console.print(
+        f"engine: [bold]{engine['state']}[/bold], epoch {engine['epoch']}, {engine['num_running']} running, "
+        f"{engine['num_waiting']} waiting, {engine['num_spares']} spare(s)"
+        + (f"\n{engine['reason']}" if engine["reason"] else "")
+    )
+    faults = [episode for episode in engine["episodes"] if episode["cause"] != "start"]
+    if faults:
+        console.print(_fault_table(faults))
+
+
+def _devices(folder: Path) -> list[str]:
+    names = [path.stem.removeprefix("anchor-") for path in folder.glob("anchor-*.sock")]
+    devices = ["{}:{}".format(*name.rsplit("-", 1)) if "-" in name else name for name in names]
+    return sorted(devices, key=lambda d: (d.partition(":")[0], int(d.partition(":")[2] or 0)))
+
+
+def _anchor(folder: Path, device: str) -> dict[str, Any]:
+    try:
+        with AnchorClient.connect(folder, device, role="tool", timeout_s=TIMEOUT_S) as client:
+            found = client.status()
+    except AnchorTPError as error:
+        return {"error": str(error)}
+    return {
+        "pid": found.pid,
+        "epoch": found.epoch,
+        "budget_bytes": found.budget_bytes,
+        "committed_bytes": found.committed_bytes,
+        "used_bytes": sum(arena.committed_bytes for arena in found.arenas),
+        "arenas": {arena.name: arena.accounted_bytes for arena in found.arenas},
+        "worker_pid": found.lease.pid if found.lease else None,
+        "uptime_s": found.uptime_s,
+    }
+
+
+def _engine(folder: Path, api_key: str | None) -> dict[str, Any] | None:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        with serving_url(folder) as url:
+            answer = httpx.get(f"{url}/status", timeout=TIMEOUT_S, headers=headers)
+    except (ConfigError, httpx.HTTPError):
+        return None
+    if answer.status_code == 401:
+        raise ConfigError("the server asks for a key; give it with --api-key.")
+    return answer.json()
+
+
+def _anchor_table(anchors: dict[str, dict[str, Any]]) -> Table:
+    table = Table(title="anchors")
+    for column in ("device", "pid", "worker", "epoch", "weights", "KV", "in use", "budget"):
+        table.add_column(column, justify="left" if column == "device" else "right")
+    for device, found in anchors.items():
+        if "error" in found:
+            table.add_row(device, f"[red]{found['error']}[/red]")
+            continue
+        arenas = found["arenas"]
+        sizes = [arenas.get("weights", 0), arenas.get("kv", 0), found["used_bytes"], found["budget_bytes"]]
+        table.add_row(
+            device,
+            str(found["pid"]),
+            str(found["worker_pid"] or "-"),
+            str(found["epoch"]),
+            *(f"{size / 1e6:.1f} MB" for size in sizes),
+        )
+    return table
+
+
+def _fault_table(episodes: list[dict[str, Any]]) -> Table:
+    table = Table(title="recoveries")
+    for column in ("epoch", "cause", "lost", "loaded", "copied", "KV", "recovered", "first token"):
+        table.add_column(column, justify="left" if column == "cause" else "right")
+    for episode in episodes:
+        moved = episode["bytes"]
+        table.add_row(
+            str(episode["epoch"]),
+            episode["cause"],
+            *(f"{moved[kind] / 1e6:.2f} MB" for kind in ("lost", "loaded", "copied")),
+            "whole" if episode["kv_intact"] else "replayed",
+            _milliseconds(episode["seconds"]),
+            _milliseconds(episode["first_token_s"]),
+        )
+    return table
+
+
+def _milliseconds(seconds: float | None) -> str:
+    return "-" if seconds is None else f"{1e3 * seconds:.0f} ms"
