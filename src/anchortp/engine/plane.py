@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,11 +34,13 @@ from anchortp.recovery.events import DeviceFound
 from anchortp.state.client import AnchorClient
 from anchortp.state.launch import start_anchor
 from anchortp.state.manifest import Manifest
+from anchortp.state.process import open_pidfd, wait_gone
 
 log = logging.getLogger("anchortp.engine")
 
 WEIGHTS_ARENA, KV_ARENA = "weights", "kv"
 PING_TIMEOUT_S = 5.0
+STOP_TIMEOUT_S = 2.0
 
 
 class StatePlane:
@@ -68,6 +72,7 @@ class StatePlane:
         self._kv_slots: dict[str, int] = {}
         self._num_kv_blocks = 0
         self._ours = _Started(Path(config.runtime_dir))
+        self._ended: list[int] = []
 
     # ------------------------------------------------------------------------------------------ finding
 
@@ -131,6 +136,29 @@ class StatePlane:
         if client is not None:
             self._unwatch(client.fileno())
             client.close()
+            self._ended.append(client.welcome.pid)
+        self._reap(timeout_s=0.0)
+
+    def _reap(self, timeout_s: float) -> None:
+        """Collects anchors that have ended: they are orphans, and this process is their subreaper.
+
+        One that was started by someone else is not our child, and one that still runs is left alone.
+        """
+        deadline_s = time.monotonic() + timeout_s
+        for pid in list(self._ended):
+            try:
+                pidfd = open_pidfd(pid)
+            except ProcessLookupError:
+                self._ended.remove(pid)
+                continue
+            try:
+                if wait_gone(pidfd, max(0.0, deadline_s - time.monotonic())):
+                    self._ended.remove(pid)
+                    os.waitpid(pid, os.WNOHANG)
+            except ChildProcessError:
+                pass
+            finally:
+                os.close(pidfd)
 
     # ------------------------------------------------------------------------------------------- census
 
@@ -253,6 +281,9 @@ class StatePlane:
             if stop_anchors and self._ours.includes(device, client.welcome.pid):
                 with contextlib.suppress(AnchorTPError):
                     client.shutdown()
+                self._close(device)
+        self._reap(STOP_TIMEOUT_S)
+        for device in list(self._clients):
             self._close(device)
 
 

@@ -1,0 +1,35 @@
+# Two commands: `make demo` and `make test`. Everything else is a part of them.
+# The environment lives in .venv; torch comes as its CPU build, through constraints.txt.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.anchortp-ready
+
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint bench gpu-check clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev,bench]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/anchortp demo $(DEMO)
+
+test: $(STAMP) lint
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check src tests bench
+	$(BIN)/ruff format --check src tests bench
+
+bench: $(STAMP)
+	$(BIN)/python -m bench.recovery $(BENCH)
+
+gpu-check: $(STAMP)
+	$(BIN)/python -m pytest tests/gpu
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info

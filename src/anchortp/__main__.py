@@ -1,0 +1,5 @@
+"""`python -m anchortp`."""
+
+from anchortp.cli import main
+
+main()
