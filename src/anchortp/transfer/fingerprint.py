@@ -1,0 +1,41 @@
+"""What identifies the weights in an arena. No torch: whoever decides about a warm attach imports this alone."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from anchortp.config import ModelConfig
+from anchortp.errors import ConfigError
+
+DIGEST_BYTES = 16
+
+
+def weight_files(folder: str | Path) -> tuple[Path, ...]:
+    """The safetensors files of a model folder, by name. Empty if there are none."""
+    return tuple(sorted(Path(folder).glob("*.safetensors")))
+
+
+def fingerprint(folder: str | Path, config: ModelConfig) -> str:
+    """Hex digest of `config.json`, the serving dtype, and the name, size and mtime of each weight file.
+
+    Two arenas with the same fingerprint hold slices of the same weights; the files' content is not read, since
+    that would cost as much as loading them. Raises ConfigError if the folder cannot be read.
+    """
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    try:
+        _feed(digest, "config.json", (Path(folder) / "config.json").read_bytes())
+        _feed(digest, "dtype", config.dtype.encode())
+        for path in weight_files(folder):
+            status = path.stat()
+            _feed(digest, path.name, f"{status.st_size} {status.st_mtime_ns}".encode())
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be read: {error}. Give a Hugging Face model folder.") from None
+    return digest.hexdigest()
+
+
+def _feed(digest: hashlib.blake2b, name: str, value: bytes) -> None:
+    # Lengths first: no two different lists of fields may feed the same bytes.
+    for part in (name.encode(), value):
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
