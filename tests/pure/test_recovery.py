@@ -191,7 +191,7 @@ def test_anchor_crash_does_not_stop_serving():
     world.kill_anchor("cpu:0")
     assert world.coordinator.phase == SERVING and world.coordinator.epoch == 1
     world.settle()
-    assert world.coordinator.snapshot()["devices"]["cpu:0"]["anchor"]
+    assert world.coordinator.snapshot()["cpu:0"]["has_anchor"]
     world.crash("cpu:0")
     world.settle()
     assert world.coordinator.layout.devices == devices(4)

@@ -380,3 +380,32 @@ def test_a_request_without_a_seed_has_the_same_one_wherever_it_resumes():
     assert seed_of(request("a")) == seed_of(request("a", 9)) != seed_of(request("b"))
     assert seed_of(request("a", seed=5)) == seed_of(request("b", seed=5)) == 5
     assert Sequence.from_request(request("a"), arrival=0).seed == seed_of(request("a")) == 3405396810240292928
+
+
+def test_after_a_kv_loss_the_shortest_sequence_answers_first_and_steps_grow():
+    pool = BlockPool(num_blocks=256, block_size=16)
+    scheduler = Scheduler(pool, max_num_seqs=8, max_batch_tokens=512, max_model_len=1024, max_waiting=8)
+    lengths = [300, 90, 200, 80]
+    for index, length in enumerate(lengths):
+        prompt = tuple(range(1000 * index, 1000 * index + length))
+        params = SamplingParams(max_tokens=50, temperature=0.0)
+        scheduler.add(EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params))
+
+    def run_step():
+        batch = scheduler.schedule()
+        sampled = {seq.request_id: SampledToken(token_id=1) for seq in batch.seqs if seq.sample}
+        scheduler.postprocess(batch, sampled, ())
+        return batch
+
+    while any(len(seq.token_ids) > 1 for seq in run_step().seqs):
+        pass
+    scheduler.on_kv_lost()
+    first = run_step()
+    assert [seq.request_id for seq in first.seqs if seq.sample] == ["3"]
+    batches = [first]
+    while any(len(seq.token_ids) > 1 for seq in batches[-1].seqs):
+        batches.append(run_step())
+    sizes = [batch.num_tokens for batch in batches[:-1]]
+    assert sizes[0] < 100 and sizes[:-1] == sorted(sizes[:-1]) and len(sizes) <= 4
+    assert sum(sizes) >= sum(lengths)
+    scheduler.validate()

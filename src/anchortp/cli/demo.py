@@ -151,7 +151,7 @@ def _view(show: Show) -> Group:
 
 
 def _device_panels(show: Show) -> Columns:
-    alive = show.status.get("recovery", {}).get("devices", {})
+    alive = show.status.get("devices", {})
     panels = []
     names = dict.fromkeys([*alive, *([show.lose] if show.fault_s else [])])
     for name in sorted(names):
@@ -159,8 +159,8 @@ def _device_panels(show: Show) -> Columns:
             panels.append(Panel(Text("lost", style="bold red"), title=name, border_style="red", width=26))
             continue
         device = alive[name]
-        units = device["units"]
-        body = f"{device['weight_bytes'] / 1e6:.1f} MB of weights\n{units['attention']} q heads, {units['kv']} KV heads"
+        heads = f"{device['attention_units']} q heads, {device['kv_units']} KV heads"
+        body = f"{device['weight_bytes'] / 1e6:.1f} MB of weights\n{heads}"
         panels.append(Panel(body, title=name, border_style="green", width=26))
     return Columns(panels)
 

@@ -36,7 +36,9 @@ def show_start(status: Callable[[], dict[str, Any]]) -> None:
 
 
 def _update(bars: Progress, tasks: dict[str, Any], status: dict[str, Any]) -> None:
-    for device, (num_bytes, total_bytes) in status.get("load_progress", {}).items():
-        if device not in tasks:
-            tasks[device] = bars.add_task(f"loading {device}", total=total_bytes)
-        bars.update(tasks[device], completed=num_bytes)
+    for name, device in status.get("devices", {}).items():
+        if not device["loading_total_bytes"]:
+            continue
+        if name not in tasks:
+            tasks[name] = bars.add_task(f"loading {name}", total=device["loading_total_bytes"])
+        bars.update(tasks[name], completed=device["loading_bytes"])

@@ -553,19 +553,39 @@ class ElasticEngine:
         if state is None:
             before_first = len(recovery.episodes) == 1 and recovery.episodes[0].ended_s is None
             state = names.get(recovery.phase, "starting" if before_first else "recovering")
+        episodes = [self._episode(i) for i in range(len(recovery.episodes))[-MAX_EPISODES_SHOWN:]]
         self._status = {
             "state": state,
             "epoch": recovery.epoch,
+            "phase": recovery.phase,
             "reason": self._refusal,
-            "recovery": recovery.snapshot(),
-            "load_progress": {d: list(p) for d, p in self._load_progress.items()},
             "num_running": self.scheduler.num_running,
             "num_waiting": self.scheduler.num_waiting,
+            "num_preempted": self.scheduler.num_preempted,
             "num_spares": self._processes.num_spares_ready if hasattr(self, "_processes") else 0,
-            "workers": {device: process.pid for device, process in self._workers.items()},
+            "num_faults": sum(episode["cause"] != "start" for episode in episodes),
+            "kv": {
+                "blocks": recovery.num_kv_blocks,
+                "blocks_held": self.pool.num_held,
+                "blocks_cached": self.pool.num_cached,
+                "blocks_evicted": self.pool.num_evicted_blocks,
+                "queried_tokens": self.pool.num_queried_tokens,
+                "hit_tokens": self.pool.num_hit_tokens,
+            },
             "counters": dict(self._counters),
-            "episodes": [self._episode(i) for i in range(len(recovery.episodes))[-MAX_EPISODES_SHOWN:]],
+            "devices": self._devices(),
+            "episodes": episodes,
+            "faults": [episode for episode in episodes if episode["cause"] != "start"],
         }
+
+    def _devices(self) -> dict[str, dict[str, Any]]:
+        devices = self.recovery.snapshot()
+        for name, device in devices.items():
+            process = self._workers.get(name)
+            device["worker_pid"] = process.pid if process is not None else 0
+            loaded, total = self._load_progress.get(name, (0, 0))
+            device["loading_bytes"], device["loading_total_bytes"] = loaded, total
+        return devices
 
     def _episode(self, index: int) -> dict[str, Any]:
         episode = self.recovery.episodes[index]

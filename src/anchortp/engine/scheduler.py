@@ -31,6 +31,9 @@ from anchortp.engine.sequence import Sequence, SequenceState
 from anchortp.errors import ConfigError, EngineFull, RequestError
 
 
+MIN_REPLAY_TOKENS = 64  # smaller steps cost hardly less time
+
+
 class ScheduledSeq(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """What one step computes for one sequence; goes to every worker.
 
@@ -104,6 +107,7 @@ class Scheduler:
         self._waiting: list[Sequence] = []  # by arrival
         self._failures: list[TokenOutput] = []
         self._in_flight: tuple[Batch, list[Sequence]] | None = None
+        self._budget = max_batch_tokens  # of the next step; smaller for a moment after `on_kv_lost`
 
     # --- requests come and go ---
 
@@ -148,7 +152,7 @@ class Scheduler:
         """The next step's work; None when no request is left (the last may have failed just now)."""
         self._in_flight = None
         self._grow_running()
-        plan = _Plan(self.pool, num_tokens=self.max_batch_tokens)
+        plan = _Plan(self.pool, num_tokens=self._budget)
         for seq in self._running.values():
             self._skip_cached(seq)
         for seq in sorted(self._running.values(), key=lambda seq: (seq.num_pending_tokens, seq.arrival)):
@@ -173,6 +177,7 @@ class Scheduler:
         """
         assert self._in_flight is not None and self._in_flight[0].step == batch.step, "not the batch in flight"
         seqs, self._in_flight = self._in_flight[1], None
+        self._budget = min(self.max_batch_tokens, 2 * self._budget)
         outputs = []
         for entry, seq in zip(batch.seqs, seqs, strict=True):
             if seq.state is not SequenceState.RUNNING:
@@ -188,7 +193,13 @@ class Scheduler:
         """A part of every block is gone (a device with its KV heads): all running sequences start over.
 
         They keep their blocks and their tokens. A batch in flight is void.
+
+        All of them replay at once, so a full step would make the shortest wait for the longest. The first step
+        is only as large as the shortest sequence, and each further one may be twice as large: the first answer
+        comes early, and the last hardly later than with full steps.
         """
+        shortest = min((seq.num_tokens for seq in self._running.values()), default=0)
+        self._budget = min(self.max_batch_tokens, max(shortest, self.max_num_seqs, MIN_REPLAY_TOKENS))
         for seq in self._running.values():
             seq.num_computed_tokens = 0
         self.pool.invalidate_all()

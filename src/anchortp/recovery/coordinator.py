@@ -139,22 +139,18 @@ class Coordinator:
     def held_bytes(self) -> int:
         return sum(self.layout.weight_bytes(self.units, d) for d in self._devices)
 
-    def snapshot(self) -> dict[str, Any]:
-        """JSON-able: the present state, for `status`."""
+    def snapshot(self) -> dict[str, dict[str, Any]]:
+        """JSON-able: what each device holds now, for `status`."""
+        layout = self.layout
         return {
-            "phase": self.phase,
-            "epoch": self.epoch,
-            "num_kv_blocks": self.num_kv_blocks,
-            "devices": {
-                name: {
-                    "budget_bytes": device.budget_bytes,
-                    "weight_bytes": self.layout.weight_bytes(self.units, name),
-                    "worker": device.has_worker,
-                    "anchor": device.has_anchor,
-                    "units": {family: len(device.shard[family]) for family in FAMILIES},
-                }
-                for name, device in self._devices.items()
-            },
+            name: {
+                "budget_bytes": device.budget_bytes,
+                "weight_bytes": layout.weight_bytes(self.units, name),
+                "has_worker": device.has_worker,
+                "has_anchor": device.has_anchor,
+                **{f"{family}_units": len(device.shard[family]) for family in FAMILIES},
+            }
+            for name, device in self._devices.items()
         }
 
     # ---------------------------------------------------------------------------------------- the door
