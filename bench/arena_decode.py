@@ -68,7 +68,9 @@ def main() -> None:
     }
     for kind, values in result["step_s"].items():
         console().print(f"{kind:8s} {1e3 * values['median']:.2f} ms per step (min {1e3 * values['min']:.2f})")
-    console().print(f"arena over private, median of {options.rounds} rounds: {result['arena_over_private']['median']:.4f}")
+    console().print(
+        f"arena over private, median of {options.rounds} rounds: {result['arena_over_private']['median']:.4f}"
+    )
     finish(result)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import shutil
 import signal
@@ -137,7 +138,7 @@ def step_seconds(streams: list[Stream], fault_s: float) -> float:
     gaps = []
     for stream in streams:
         times = [t for t in stream.times_s if t < fault_s]
-        gaps += [b - a for a, b in zip(times, times[1:], strict=False)]
+        gaps += [b - a for a, b in itertools.pairwise(times)]
     return statistics.median(gaps)
 
 
@@ -239,10 +240,13 @@ def show(result: dict[str, Any]) -> None:
     for system in ("lost", "crash"):
         if system in summary:
             phases = ", ".join(f"{name} {1e3 * s:.0f}" for name, s in summary[system]["phases_s"].items())
-            out.print(f"{system}: median ms per phase: {phases}; per victim, TFS in ms: " + ", ".join(
-                f"{run['victim']} {1e3 * run['tfs_s']:.0f}{'' if run['kv_intact'] else ' (KV replayed)'}"
-                for run in result["runs"][system]
-            ))
+            out.print(
+                f"{system}: median ms per phase: {phases}; per victim, TFS in ms: "
+                + ", ".join(
+                    f"{run['victim']} {1e3 * run['tfs_s']:.0f}{'' if run['kv_intact'] else ' (KV replayed)'}"
+                    for run in result["runs"][system]
+                )
+            )
     if "restart_over_lost" in summary:
         out.print(f"restart-and-reload takes {summary['restart_over_lost']:.1f} times as long")
 

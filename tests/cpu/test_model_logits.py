@@ -11,6 +11,7 @@ import torch
 from anchortp.config import load_model_config
 from anchortp.layout import ATTENTION, MLP, VOCAB, Layout, initial_layout, model_units, shard_from_dict
 from anchortp.model import ForwardBatch, batch
+from anchortp.plan import shrink_plan
 from tests.cpu.model_tools import (
     KINDS,
     Entry,
@@ -118,6 +119,22 @@ def test_rebind_keeps_what_survives(folders: dict[str, Path]) -> None:
         check_group(folder, group, random.Random(2))
         group.rebind(Layout(shards=tuple(shards)), items)
         check_group(folder, group, random.Random(3))
+
+
+@pytest.mark.parametrize("kind", ["llama", "llama3-rope", "qwen3"])
+def test_after_every_shrink_of_a_random_sequence_of_losses(folders: dict[str, Path], kind: str) -> None:
+    """The planner's own moves, one loss after another in random order and number, down to one device."""
+    folder, rng = folders[kind], random.Random(kind)
+    units = model_units(load_model_config(folder))
+    layout = initial_layout(units, devices(units.config.num_q_heads))
+    with load_group(folder, layout) as group:
+        while len(layout.devices) > 1:
+            lost = rng.sample(layout.devices, rng.randint(1, min(3, len(layout.devices) - 1)))
+            plan = shrink_plan(units, layout, lost)
+            items = {d: [(m.family, m.unit, m.slot) for m in plan.moves_of(d)] for d in plan.after.devices}
+            group.rebind(plan.after, items)
+            check_group(folder, group, rng, lengths=(17, 6))
+            layout = plan.after
 
 
 def test_decode_groups_of_very_different_lengths(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:

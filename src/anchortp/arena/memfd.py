@@ -103,9 +103,7 @@ class MemfdArena:
 
         It lives on when `fd` is closed. Touching a page commits it, reading included.
         """
-        return mmap.mmap(
-            self.fd, self.reserved_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE
-        )
+        return mmap.mmap(self.fd, self.reserved_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
     def grow(self, reserved_bytes: int) -> None:
         """Reserves more, in place: offsets and bytes stay. Older mappings still end where they ended."""
@@ -168,9 +166,7 @@ class MemfdArena:
     def __enter__(self) -> MemfdArena:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ):
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None):
         self.close()
 
     def __repr__(self) -> str:

@@ -52,16 +52,16 @@ class Show:
         return episodes[-1] if episodes else None
 
 
-def run(
-    *, model: str, tp: int, lose: str, num_streams: int, max_tokens: int, device_memory_bytes: int | None
-) -> int:
+def run(*, model: str, tp: int, lose: str, num_streams: int, max_tokens: int, device_memory_bytes: int | None) -> int:
     """Runs the whole story in a private folder. Returns 0 if every promise was kept, else 1."""
     console = Console()
     if lose not in {f"cpu:{i}" for i in range(tp)}:
         raise ConfigError(f"--lose {lose}: the demo's devices are cpu:0 to cpu:{tp - 1}.")
     if max_tokens <= 2 * TOKENS_BEFORE_FAULT:
-        raise ConfigError(f"--max-tokens {max_tokens}: streams must be speaking at the fault; take more than "
-                          f"{2 * TOKENS_BEFORE_FAULT}.")
+        raise ConfigError(
+            f"--max-tokens {max_tokens}: streams must be speaking at the fault; take more than "
+            f"{2 * TOKENS_BEFORE_FAULT}."
+        )
     folder = resolve_folder(model)
     runtime_dir = private_tmp("demo")
     arguments = [str(folder), "--tp", str(tp), "--max-num-seqs", str(max(16, num_streams))]

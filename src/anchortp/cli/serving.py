@@ -83,9 +83,7 @@ def _load_while_starting(engine: Any, folder: Path) -> Any:
     return loaded["tokenizer"]
 
 
-def _serve_http(
-    engine: Any, tokenizer: Any, config: EngineConfig, options: ServeOptions, folder: Path
-) -> None:
+def _serve_http(engine: Any, tokenizer: Any, config: EngineConfig, options: ServeOptions, folder: Path) -> None:
     from anchortp.server.app import create_app
     from anchortp.server.run import serve_http
 

@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from anchortp.comm import ShmRegion
@@ -93,7 +94,7 @@ class ElasticEngine:
         self._events: deque[ev.Event] = deque()
         self._handling = False
         self._suspects: Counter[str] = Counter()
-        self._adopting: set[str] = set()
+        self._adopting: dict[str, threading.Thread] = {}
         self._load_progress: dict[str, tuple[int, int]] = {}
         self._story_lines = 0
         self._first_tokens: dict[int, float] = {}
@@ -130,12 +131,13 @@ class ElasticEngine:
             raise EngineStopped(self._refusal)
 
     def submit(self, request: EngineRequest, sink: Sink) -> None:
-        self._check_serving()
-        with self._lock:
+        with self._lock:  # `_close` tells everybody who came in before it took the lock
+            self._check_serving()
             if self.scheduler.num_waiting + self._num_queued >= self.config.max_waiting:
                 raise EngineFull(f"{self.config.max_waiting} requests are waiting, the limit; try again later")
             self._num_queued += 1
-        self._post(lambda: self._admit(request, sink))
+            self._inbox.append(lambda: self._admit(request, sink))
+        self._wake()
 
     def abort(self, request_id: str) -> None:
         def drop() -> None:
@@ -305,6 +307,13 @@ class ElasticEngine:
         self._handle(ev.Start(devices=found, epoch=epoch))
 
     def _close(self) -> None:
+        with self._lock:
+            self._stopping.set()
+        if self._region is not None:
+            self._region.abort("the engine stops")
+        for thread in list(self._adopting.values()):
+            thread.join()  # an anchor that is being started: bounded, and it has to be stopped too
+        self._run_inbox()
         for request_id in list(self._sinks):
             self._deliver([_failed(request_id, "the engine stopped")])
         if hasattr(self, "_processes"):
@@ -313,6 +322,7 @@ class ElasticEngine:
             self._plane.close(stop_anchors=not self._keep_anchors)
         if self._region is not None:
             self._region.close()
+        self._remove_gloo_stores()
         self._selector.close()
         self._wake_in.close()
         self._wake_out.close()
@@ -410,7 +420,9 @@ class ElasticEngine:
                     self._region.abort(f"epoch {epoch} is over")
             case ev.Fence(device=device, reason=reason):
                 process = self._workers.get(device)
-                if process is not None:
+                if process is None:  # the device still waits for a process
+                    self._handle(ev.WorkerGone(device=device, reason=reason))
+                else:
                     process.last_words = process.last_words or reason
                     process.kill()
             case ev.Leave(device=device, epoch=epoch):
@@ -420,14 +432,13 @@ class ElasticEngine:
             case ev.Adopt(device=device, epoch=epoch):
                 self._adopt(device)
             case ev.Attach(device=device, epoch=epoch):
-                self._processes.take(lambda process: self._assign(process, device, epoch))
+                self._processes.take(device, lambda process: self._assign(process, device, epoch))
             case ev.Reserve(epoch=epoch, plan=plan, num_kv_blocks=num_kv_blocks, fresh=fresh):
                 refused = self._plane.reserve(plan.before, plan.after, num_kv_blocks, fresh, epoch)
-                self._handle(ev.Reserved(epoch=epoch, refused=refused))
+                if refused is not None:
+                    self._handle(ev.Reserved(epoch=epoch, refused=refused))
             case ev.Load(device=device, epoch=epoch, before=before, after=after, fresh=fresh):
-                order = m.LoadUnits(
-                    epoch=epoch, before=before.as_dict(), after=after.as_dict(), fresh=fresh
-                )
+                order = m.LoadUnits(epoch=epoch, before=before.as_dict(), after=after.as_dict(), fresh=fresh)
                 self._send(device, order)
             case ev.Form():
                 self._form(command)
@@ -435,6 +446,7 @@ class ElasticEngine:
                 process = self._workers.pop(device, None)
                 if process is not None:
                     process.kill()
+                self._processes.forget(device)
                 self._plane.drop(device)
             case ev.Resume():
                 self._resume(command)
@@ -449,7 +461,7 @@ class ElasticEngine:
             device,
             m.Assign(
                 device=device,
-                epoch=epoch,
+                epoch=self.recovery.epoch,
                 runtime_dir=config.runtime_dir,
                 model_folder=config.model_folder,
                 dtype=config.model.dtype,
@@ -462,17 +474,27 @@ class ElasticEngine:
                 strikes=tuple(strike for strike in self._strikes if strike.device == device),
             ),
         )
+        if epoch != self.recovery.epoch:
+            # The epoch rose while the device waited for a process, which has missed the order to leave.
+            self._send(device, m.LeaveEpoch(epoch=self.recovery.epoch))
 
     def _form(self, command: ev.Form) -> None:
         self._plane.put_manifests(command.layout, command.num_kv_blocks, command.epoch)
         if self._region is not None:
             self._region.close()
+        self._remove_gloo_stores()
         self._ranks = command.layout.devices
         self._region = ShmRegion.create(command.epoch, len(self._ranks), self._slot_bytes())
         shards = [(shard.device, shard.as_dict()) for shard in command.layout.shards]
         order = m.FormGroup(epoch=command.epoch, shards=shards)
         for device in self._ranks:
             self._send(device, order, fds=(self._region.fd,))
+
+    def _remove_gloo_stores(self) -> None:
+        """Of older epochs, and of an engine that was killed: a store must not exist before its group."""
+        if self.config.collectives == "gloo":
+            for store in Path(self.config.runtime_dir).glob("gloo-*"):
+                store.unlink(missing_ok=True)
 
     def _slot_bytes(self) -> int:
         """Room for the largest all-reduce, one step's hidden states in float32; larger gathers go in pieces."""
@@ -494,7 +516,6 @@ class ElasticEngine:
         """Starting an anchor takes longer than a step, so that happens on a thread; serving goes on."""
         if device in self._adopting:
             return
-        self._adopting.add(device)
 
         def start() -> None:
             try:
@@ -503,11 +524,14 @@ class ElasticEngine:
             except AnchorTPError as error:
                 self._post(lambda error=error: self._handed_over(device, False, str(error)))
 
-        threading.Thread(target=start, name=f"anchortp-adopt-{device}", daemon=True).start()
+        self._adopting[device] = threading.Thread(target=start, name=f"anchortp-adopt-{device}", daemon=True)
+        self._adopting[device].start()
 
     def _hand_over(self, device: str) -> None:
         if device not in self._workers or device not in self.recovery.members:
             self._handed_over(device, False, "its worker is gone too")
+            if device not in self.recovery.members and not self._stopping.is_set():
+                self._plane.stop_started(device)  # the device was lost meanwhile
             return
         epoch = self.recovery.epoch
         try:
@@ -515,11 +539,14 @@ class ElasticEngine:
         except AnchorTPError as error:
             self._handed_over(device, False, str(error))
             return
-        ranges = self._plane.committed_ranges(self.recovery.layout[device])
+        shard = self.recovery.layout[device]
+        ranges = self._plane.committed_ranges(shard) if any(shard.slots) else {}  # {}: nothing was loaded yet
         self._send(device, m.HandOver(epoch=epoch, ranges=ranges))
 
     def _handed_over(self, device: str, ok: bool, reason: str) -> None:
-        self._adopting.discard(device)
+        self._adopting.pop(device, None)
+        if self._stopping.is_set():
+            return
         if ok:
             shard = self.recovery.layout[device]
             self._plane.put_manifest(shard, self.recovery.num_kv_blocks, self.recovery.epoch)

@@ -6,6 +6,8 @@ import contextlib
 import json
 import logging
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from anchortp.errors import (
     AnchorTPError,
     BudgetExceeded,
     ChannelClosed,
+    ChannelTimeout,
     ManifestInvalid,
     WireError,
 )
@@ -34,7 +37,7 @@ from anchortp.recovery.events import DeviceFound
 from anchortp.state.client import AnchorClient
 from anchortp.state.launch import start_anchor
 from anchortp.state.manifest import Manifest
-from anchortp.state.process import open_pidfd, wait_gone
+from anchortp.state.process import kill, open_pidfd, wait_gone
 
 log = logging.getLogger("anchortp.engine")
 
@@ -65,10 +68,9 @@ class StatePlane:
         self._fingerprint = fingerprint
         self._watch, self._unwatch, self._on_gone = watch, unwatch, on_gone
         self.weights = WeightAddresses(units=units)
-        self.kv = KVAddresses(
-            config=units.config, block_size=config.kv_block_size, num_blocks=config.kv_blocks
-        )
+        self.kv = KVAddresses(config=units.config, block_size=config.kv_block_size, num_blocks=config.kv_blocks)
         self._clients: dict[str, AnchorClient] = {}
+        self._watched: dict[str, int] = {}  # a client that gave up has closed its descriptor itself
         self._kv_slots: dict[str, int] = {}
         self._num_kv_blocks = 0
         self._ours = _Started(Path(config.runtime_dir))
@@ -80,9 +82,7 @@ class StatePlane:
         """Connects to the device's anchor, starting one if there is none, and reads what it holds."""
         self.ensure_anchor(device)
         client = self._connect(device)
-        return DeviceFound(
-            device=device, budget_bytes=client.welcome.budget_bytes, shard=self._held(device, client)
-        )
+        return DeviceFound(device=device, budget_bytes=client.welcome.budget_bytes, shard=self._held(device, client))
 
     def newest_epoch(self) -> int:
         return max(client.welcome.epoch for client in self._clients.values())
@@ -98,16 +98,20 @@ class StatePlane:
             self._ours.add(device, pid)
 
     def _connect(self, device: str) -> AnchorClient:
-        client = AnchorClient.connect(
-            self._config.runtime_dir, device, role="controller", timeout_s=PING_TIMEOUT_S
-        )
+        client = AnchorClient.connect(self._config.runtime_dir, device, role="controller", timeout_s=PING_TIMEOUT_S)
         self._clients[device] = client
+        self._watched[device] = client.fileno()
         self._watch(client.fileno(), lambda: self._gone(device, client))
         return client
 
     def reconnect(self, device: str, epoch: int) -> None:
         """To the anchor that took the place of one that crashed."""
-        self._connect(device).fence(epoch)
+        client = self._connect(device)
+        try:
+            client.fence(epoch)
+        except WireError:
+            self._give_up(device)
+            raise
 
     def _held(self, device: str, client: AnchorClient) -> Shard | None:
         """What the manifest says is in the arena, if it is this model's, laid out as this engine would."""
@@ -134,10 +138,23 @@ class StatePlane:
     def _close(self, device: str) -> None:
         client = self._clients.pop(device, None)
         if client is not None:
-            self._unwatch(client.fileno())
+            self._unwatch(self._watched.pop(device))
             client.close()
             self._ended.append(client.welcome.pid)
         self._reap(timeout_s=0.0)
+
+    def _give_up(self, device: str) -> None:
+        """After a WireError. An anchor that is stuck is fenced: it must not stand in a new one's way."""
+        client = self._clients.get(device)
+        if client is not None:
+            with contextlib.suppress(ProcessLookupError):
+                pidfd = open_pidfd(client.welcome.pid)
+                try:
+                    kill(pidfd, signal.SIGKILL)
+                    wait_gone(pidfd, STOP_TIMEOUT_S)
+                finally:
+                    os.close(pidfd)
+        self._close(device)
 
     def _reap(self, timeout_s: float) -> None:
         """Collects anchors that have ended: they are orphans, and this process is their subreaper.
@@ -174,34 +191,57 @@ class StatePlane:
                 alive.append(device)
             except WireError as error:
                 log.info("%s: its anchor does not answer: %s", device, error)
-                self._close(device)
+                self._give_up(device)
         return tuple(alive)
 
     def drop(self, device: str) -> None:
         """Forgets a device, and stops its anchor if that still answers: a device that is out holds no memory."""
-        client = self._clients.get(device)
-        if client is not None:
-            with contextlib.suppress(AnchorTPError):
-                client.shutdown()
+        if device in self._clients:
+            self._shutdown(device)
+        else:
+            self.stop_started(device)
+
+    def _shutdown(self, device: str) -> None:
+        try:
+            self._clients[device].shutdown()
+        except ChannelTimeout:
+            self._give_up(device)
+        except AnchorTPError as error:
+            log.info("%s: its anchor has ended: %s", device, error)
         self._close(device)
+
+    def stop_started(self, device: str) -> None:
+        """Ends the device's anchor if an engine (not a person) started it, whether it is connected or not."""
+        if device not in self._clients:
+            try:
+                self._connect(device)
+            except AnchorTPError:
+                return  # there is none
+        if self._ours.includes(device, self._clients[device].welcome.pid):
+            self._shutdown(device)
+        else:
+            self._close(device)
 
     # ---------------------------------------------------------------------------------------- reserving
 
     def reserve(
         self, before: Layout, after: Layout, num_kv_blocks: int, fresh: tuple[str, ...], epoch: int
-    ) -> str:
+    ) -> str | None:
         """Commits every destination before a byte moves. Returns "" or the refusal, in words.
 
-        KV memory that the smaller number of blocks no longer needs is given back first.
+        KV memory that the smaller number of blocks no longer needs is given back first. None: an anchor went
+        away meanwhile; `on_gone` was called, which starts the recovery again.
         """
-        try:
-            for shard in after.shards:
+        for shard in after.shards:
+            try:
                 self._reserve(before, shard, num_kv_blocks, shard.device in fresh, epoch)
-        except BudgetExceeded as error:
-            return str(error)
-        except WireError as error:
-            # Its end is an event of its own and starts the recovery again; this attempt is over.
-            return f"an anchor went away while memory was reserved: {error}"
+            except BudgetExceeded as error:
+                return str(error)
+            except WireError as error:
+                log.info("%s: its anchor went away while memory was reserved: %s", shard.device, error)
+                self._give_up(shard.device)
+                self._on_gone(shard.device)
+                return None
         self._num_kv_blocks = num_kv_blocks
         return ""
 
@@ -261,9 +301,15 @@ class StatePlane:
             num_kv_blocks=num_kv_blocks,
             kv_block_size=self._config.kv_block_size,
         )
-        if client is not None:
-            with contextlib.suppress(ChannelClosed):
-                client.put_manifest(manifest.seal(), epoch)
+        if client is None:
+            return
+        try:
+            client.put_manifest(manifest.seal(), epoch)
+        except ChannelTimeout:
+            self._give_up(shard.device)
+            self._on_gone(shard.device)
+        except ChannelClosed:
+            pass  # its end is read as an event
 
     def committed_ranges(self, shard: Shard) -> dict[str, list[tuple[int, int]]]:
         """What is committed in each arena of a device: for the anchor that adopts them."""
@@ -277,11 +323,9 @@ class StatePlane:
 
     def close(self, *, stop_anchors: bool) -> None:
         """Ends the connections. `stop_anchors`: also the anchors that an engine (not a person) started."""
-        for device, client in list(self._clients.items()):
-            if stop_anchors and self._ours.includes(device, client.welcome.pid):
-                with contextlib.suppress(AnchorTPError):
-                    client.shutdown()
-                self._close(device)
+        if stop_anchors:
+            for device in self._config.devices:
+                self.stop_started(device)
         self._reap(STOP_TIMEOUT_S)
         for device in list(self._clients):
             self._close(device)
@@ -292,6 +336,7 @@ class _Started:
 
     def __init__(self, runtime_dir: Path):
         self._path = runtime_dir / "started-anchors.json"
+        self._lock = threading.Lock()  # several anchors may be started at the same time
 
     def _read(self) -> dict[str, int]:
         try:
@@ -300,10 +345,11 @@ class _Started:
             return {}
 
     def add(self, device: str, pid: int) -> None:
-        started = self._read() | {device: pid}
-        partial = self._path.with_suffix(".partial")
-        partial.write_text(json.dumps(started), encoding="utf-8")
-        partial.replace(self._path)
+        with self._lock:
+            started = self._read() | {device: pid}
+            partial = self._path.with_suffix(".partial")
+            partial.write_text(json.dumps(started), encoding="utf-8")
+            partial.replace(self._path)
 
     def includes(self, device: str, pid: int) -> bool:
         return self._read().get(device) == pid

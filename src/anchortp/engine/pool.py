@@ -83,7 +83,7 @@ class WorkerPool:
         self._zygote_ready = False
         self._processes: set[WorkerProcess] = set()
         self._spares: deque[WorkerProcess] = deque()
-        self._wanted: deque[Callable[[WorkerProcess], None]] = deque()
+        self._wanted: dict[str, Callable[[WorkerProcess], None]] = {}  # by device, in the order of asking
         self._stopping = False
 
     def start(self) -> None:
@@ -91,13 +91,21 @@ class WorkerPool:
         become_subreaper()
         self._start_zygote()
 
-    def take(self, use: Callable[[WorkerProcess], None]) -> None:
-        """Calls `use` with a spare: now if there is one, else as soon as one is ready."""
+    def take(self, device: str, use: Callable[[WorkerProcess], None]) -> None:
+        """Calls `use` with a spare: now if there is one, else as soon as one is ready.
+
+        Whoever asks again for the same device, before that, takes the place of the first.
+        """
         if self._spares:
+            self._wanted.pop(device, None)
             use(self._spares.popleft())
             return
-        self._wanted.append(use)
+        self._wanted[device] = use
         self._fork_missing()
+
+    def forget(self, device: str) -> None:
+        """The device needs no process any more."""
+        self._wanted.pop(device, None)
 
     def replenish(self) -> None:
         """Forks spares up to the wanted number. Called when there is time for it, not during a recovery."""
@@ -223,7 +231,7 @@ class WorkerPool:
         process.started(pid)
         self._watch(process.pidfd, lambda: self._ended(process))
         if self._wanted:
-            self._wanted.popleft()(process)
+            self._wanted.pop(next(iter(self._wanted)))(process)
         else:
             self._spares.append(process)
 

@@ -30,7 +30,6 @@ from anchortp.engine.blocks import BlockPool, extend_block_hashes
 from anchortp.engine.sequence import Sequence, SequenceState
 from anchortp.errors import ConfigError, EngineFull, RequestError
 
-
 MIN_REPLAY_TOKENS = 64  # smaller steps cost hardly less time
 
 

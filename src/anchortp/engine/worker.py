@@ -159,6 +159,11 @@ class Worker:
         """The device's new anchor takes over the memory that this process kept alive."""
         a = self._assigned()
         a.anchor.close()
+        missing = [name for name in order.ranges if name not in self._arenas]
+        if missing:  # the memory that nobody had mapped went with its anchor
+            reason = f"{', '.join(missing)} not mapped by the worker yet"
+            self._channel.send(m.HandedOver(ok=False, reason=reason))
+            return
         try:
             a.anchor = AnchorClient.connect(a.order.runtime_dir, a.device, role="worker")
             a.anchor.lease(order.epoch)
@@ -318,9 +323,7 @@ class _Progress:
         now_s = time.monotonic()
         if now_s >= self._next_s:
             self._next_s = now_s + PROGRESS_EVERY_S
-            self._channel.send(
-                m.LoadProgress(epoch=self._epoch, num_bytes=self._num_bytes, total_bytes=self._total)
-            )
+            self._channel.send(m.LoadProgress(epoch=self._epoch, num_bytes=self._num_bytes, total_bytes=self._total))
 
 
 def _inject(order: m.Assign, kind: str) -> None:

@@ -252,12 +252,21 @@ class Coordinator:
             f"new anchor of {event.device} " + ("holds its memory" if event.ok else f"failed: {event.reason}"),
             self.episodes[-1],
         )
+        if self.phase == SERVING and not event.ok:
+            self._adopt_again(event.device)
         if self.phase != ADOPTING:
             return
         if not event.ok:
             self._do(Fence(device=event.device, reason="no anchor can hold its memory"))
             return
         self._arrived(event.device, self._attach)
+
+    def _adopt_again(self, name: str) -> None:
+        """The worker still holds the memory, so another anchor may have more luck; but not for ever."""
+        device = self._devices[name]
+        device.failures += 1
+        if device.failures <= self.config.max_failures:
+            self._do(Adopt(device=name, epoch=self.epoch))
 
     def _on_attached(self, event: Attached) -> None:
         device = self._devices.get(event.device)
@@ -282,11 +291,7 @@ class Coordinator:
         timeout = self.config.load_timeout_s + largest / self.config.load_bytes_per_s
         for name, shard in to_load:
             device = self._devices[name]
-            self._do(
-                Load(
-                    device=name, epoch=self.epoch, before=device.shard, after=shard, fresh=device.fresh
-                )
-            )
+            self._do(Load(device=name, epoch=self.epoch, before=device.shard, after=shard, fresh=device.fresh))
         self._await(LOADING, [name for name, _ in to_load], timeout, self._form)
 
     def _on_loaded(self, event: Loaded) -> None:
@@ -407,9 +412,7 @@ class Coordinator:
         for device in self._devices.values():
             device.failures = 0
         self._say("KV planes are whole" if self._kv_intact else "KV planes are missing: sequences replay")
-        self._do(
-            Resume(epoch=self.epoch, kv_intact=self._kv_intact, num_kv_blocks=self.num_kv_blocks)
-        )
+        self._do(Resume(epoch=self.epoch, kv_intact=self._kv_intact, num_kv_blocks=self.num_kv_blocks))
         self._kv_intact = True
 
     def _refuse(self, reason: str) -> None:
@@ -443,9 +446,7 @@ class Coordinator:
         self.deadline_s = None if timeout_s is None else self._now + timeout_s
         self._waiting = set()
 
-    def _await(
-        self, phase: str, devices: list[str], timeout_s: float, then: Callable[[], None]
-    ) -> None:
+    def _await(self, phase: str, devices: list[str], timeout_s: float, then: Callable[[], None]) -> None:
         """Enters `phase` until all `devices` have answered; with none to wait for, goes straight on."""
         if not devices:
             then()
@@ -478,9 +479,7 @@ class Coordinator:
 
     def _load_bytes(self, name: str, after: Shard) -> int:
         held = self._devices[name]
-        new = sum(
-            (len(after[f]) - len(held.shard[f])) * self.units.unit_bytes[f] for f in FAMILIES
-        )
+        new = sum((len(after[f]) - len(held.shard[f])) * self.units.unit_bytes[f] for f in FAMILIES)
         return new + (self.units.replicated_bytes if held.fresh else 0)
 
     def _fit_kv_blocks(self, layout: Layout) -> int:

@@ -253,17 +253,4 @@ class Refuse:
     reason: str
 
 
-Command = (
-    Abort
-    | Fence
-    | Leave
-    | TakeCensus
-    | Adopt
-    | Attach
-    | Reserve
-    | Load
-    | Form
-    | Drop
-    | Resume
-    | Refuse
-)
+Command = Abort | Fence | Leave | TakeCensus | Adopt | Attach | Reserve | Load | Form | Drop | Resume | Refuse

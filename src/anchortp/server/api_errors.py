@@ -73,9 +73,7 @@ def from_validation(error: ValidationError) -> ApiError:
         message = f"Unknown parameter: '{param}'. It is not supported here; leave it out."
         return invalid(message, param=param, code="unknown_parameter")
     if kind == "missing":
-        return invalid(
-            f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter"
-        )
+        return invalid(f"Missing required parameter: '{param}'.", param=param, code="missing_required_parameter")
     if kind == "unsupported_value":
         return invalid(f"Unsupported value for '{param}': {text}.", param=param, code=kind)
     where = f" for '{param}'" if param else ""

@@ -167,9 +167,7 @@ def _key_check(api_key: str | None) -> Callable[[Request], Awaitable[None]]:
             return
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         # Headers come as Latin-1; as bytes, a key may have any characters.
-        if scheme.lower() != "bearer" or not compare_digest(
-            given.strip().encode("latin-1"), api_key.encode()
-        ):
+        if scheme.lower() != "bearer" or not compare_digest(given.strip().encode("latin-1"), api_key.encode()):
             raise ApiError(
                 401,
                 "Wrong or missing API key. Send the header 'Authorization: Bearer <key>'.",
@@ -223,9 +221,7 @@ async def _read_body(request: Request, max_bytes: int) -> bytes:
     async for part in request.stream():
         num_bytes += len(part)
         if num_bytes > max_bytes:
-            raise ApiError(
-                413, f"The body is larger than {max_bytes} bytes. Send less.", code="body_too_large"
-            )
+            raise ApiError(413, f"The body is larger than {max_bytes} bytes. Send less.", code="body_too_large")
         parts.append(part)
     return b"".join(parts)
 
@@ -300,15 +296,11 @@ async def _answer(
         created_s=int(time.time()),
         include_usage=body.include_usage,
     )
-    told = endpoint.format_type(
-        tokenizer=service.tokenizer, envelope=envelope, num_logprobs=body.num_logprobs
-    )
+    told = endpoint.format_type(tokenizer=service.tokenizer, envelope=envelope, num_logprobs=body.num_logprobs)
     return await _run(request, generation, told, num_choices=len(prompts), stream=bool(body.stream))
 
 
-async def _run(
-    request: Request, generation: Generation, told: Format, *, num_choices: int, stream: bool
-) -> Response:
+async def _run(request: Request, generation: Generation, told: Format, *, num_choices: int, stream: bool) -> Response:
     """Waits for the first delta even if streaming: what fails before it gets an HTTP status of its own."""
     keep = False
     try:

@@ -53,9 +53,7 @@ class Choice:
         After a stop string the engine may still have more to say, which must not be passed in.
         """
         assert outputs and not self.finished
-        self.num_cached_tokens = max(
-            self.num_cached_tokens, *(output.num_cached_tokens for output in outputs)
-        )
+        self.num_cached_tokens = max(self.num_cached_tokens, *(output.num_cached_tokens for output in outputs))
         texts = []
         for token, silent in _tokens(outputs):
             text, stopped = self._push(token, silent=silent)

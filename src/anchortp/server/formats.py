@@ -107,9 +107,7 @@ class ChatFormat:
     def chunks(self, delta: Delta) -> list[Json]:
         chunks = []
         if delta.text or delta.tokens:
-            chunks.append(
-                self._chunk(delta.index, {"content": delta.text}, self._logprobs(delta.tokens), None)
-            )
+            chunks.append(self._chunk(delta.index, {"content": delta.text}, self._logprobs(delta.tokens), None))
         if delta.finish_reason:
             chunks.append(self._chunk(delta.index, {}, None, delta.finish_reason))
         return chunks
@@ -140,9 +138,7 @@ class ChatFormat:
         return {"content": [self._token(placed.token) for placed in tokens], "refusal": None}
 
     def _token(self, token: SampledToken) -> Json:
-        top = [
-            self._entry(token_id, logprob) for token_id, logprob in token.top_logprobs[: self.num_logprobs]
-        ]
+        top = [self._entry(token_id, logprob) for token_id, logprob in token.top_logprobs[: self.num_logprobs]]
         return {**self._entry(token.token_id, token.logprob), "top_logprobs": top}
 
     def _entry(self, token_id: int, logprob: float | None) -> Json:

@@ -113,9 +113,7 @@ class Generation:
     def start(self) -> None:
         """Queues every prompt. Raises ApiError: refused; `close` then takes back those that were queued."""
         self._in_flight.add(self)
-        for index, (prompt, params) in enumerate(
-            zip(self._request.prompts, self._request.params, strict=True)
-        ):
+        for index, (prompt, params) in enumerate(zip(self._request.prompts, self._request.params, strict=True)):
             request = EngineRequest(request_id=self._engine_id(index), prompt_token_ids=prompt, params=params)
             try:
                 self._engine.submit(request, self._sink(index))

@@ -62,9 +62,7 @@ def _add_samples(families: dict[str, GaugeMetricFamily], key: str, value: Any) -
                     family.add_metric([str(name)], float(number))
 
 
-def _family(
-    families: dict[str, GaugeMetricFamily], key: str, *, labels: tuple[str, ...]
-) -> GaugeMetricFamily:
+def _family(families: dict[str, GaugeMetricFamily], key: str, *, labels: tuple[str, ...]) -> GaugeMetricFamily:
     name = "anchortp_" + re.sub(r"[^a-zA-Z0-9_]", "_", re.sub(r"_s$", "_seconds", key))
     if name not in families:
         families[name] = GaugeMetricFamily(name, f"'{key}' of the engine's status.", labels=labels)
@@ -86,9 +84,7 @@ class ServerMetrics:
         self._errors = Counter(
             "anchortp_http_errors", "Answers other than 2xx, by status.", ["status"], registry=self._registry
         )
-        self._prompt_tokens = Counter(
-            "anchortp_prompt_tokens", "Tokens of prompts accepted.", registry=self._registry
-        )
+        self._prompt_tokens = Counter("anchortp_prompt_tokens", "Tokens of prompts accepted.", registry=self._registry)
         self._tokens = Counter("anchortp_generated_tokens", "Tokens received.", registry=self._registry)
         self._first_token_s = Histogram(
             "anchortp_first_token_seconds",

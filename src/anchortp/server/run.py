@@ -91,9 +91,7 @@ class _Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._in_flight.drain()
-        telling = asyncio.get_running_loop().call_later(
-            self._grace_s, self._in_flight.end_all, shutting_down()
-        )
+        telling = asyncio.get_running_loop().call_later(self._grace_s, self._in_flight.end_all, shutting_down())
         try:
             await super().shutdown(sockets)
         finally:
@@ -125,9 +123,7 @@ def _listen(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65535:  # the resolver would take it modulo 65536
         raise ConfigError(f"Cannot serve on port {port}: choose one from 1 to 65535 (0 takes a free one).")
     try:
-        family, *_, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()  # "::" means IPv4 too
         return socket.create_server(address[:2], family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except OSError as error:

@@ -35,9 +35,7 @@ def _only(*allowed: Any) -> AfterValidator:
 
     def check(value: Any) -> Any:
         if value is not None and value not in allowed:
-            raise _refuse(
-                "unsupported_value", "only {served} is served; leave the parameter out", served=served
-            )
+            raise _refuse("unsupported_value", "only {served} is served; leave the parameter out", served=served)
         return value
 
     return AfterValidator(check)
@@ -65,9 +63,7 @@ def _prompts(value: Any) -> tuple[Prompt, ...]:
     if _is_token_ids(value):
         return (tuple(value),)
     if not isinstance(value, list):
-        raise _refuse(
-            "prompt_type", "expected a string, a list of strings, token ids, or a list of token ids"
-        )
+        raise _refuse("prompt_type", "expected a string, a list of strings, token ids, or a list of token ids")
     if not 0 < len(value) <= MAX_PROMPTS:
         raise _refuse("bad_length", "give 1 to {most} prompts", most=MAX_PROMPTS)
     if all(isinstance(prompt, str) for prompt in value):
@@ -88,9 +84,7 @@ def _content(value: Any) -> str:
 def _part_text(part: Any) -> str:
     kind = part.get("type") if isinstance(part, dict) else None
     if isinstance(kind, str) and kind != "text":
-        raise _refuse(
-            "unsupported_value", "parts of type {kind} are not served, only text is", kind=repr(kind)
-        )
+        raise _refuse("unsupported_value", "parts of type {kind} are not served, only text is", kind=repr(kind))
     if kind != "text" or set(part) != {"type", "text"} or not isinstance(part["text"], str):
         raise _refuse("content_type", 'a part of a message is {"type": "text", "text": "..."}')
     return part["text"]

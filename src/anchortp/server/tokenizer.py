@@ -99,9 +99,7 @@ class HuggingFaceTokenizer:
         from jinja2 import TemplateError
 
         if not self.has_chat_template:
-            raise RequestError(
-                "This model has no chat template. Use /v1/completions with a prompt of your own."
-            )
+            raise RequestError("This model has no chat template. Use /v1/completions with a prompt of your own.")
         try:
             text = self._inner.apply_chat_template(
                 [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
@@ -115,9 +113,7 @@ class HuggingFaceTokenizer:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         # Cleaning up spaces would make the text of a prefix differ from the prefix of the text.
-        return self._inner.decode(
-            list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        return self._inner.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def is_silent(self, token_id: int) -> bool:
         return token_id in self._special or not 0 <= token_id < self._num_tokens

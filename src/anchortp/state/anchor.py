@@ -221,9 +221,7 @@ class Anchor:
         except Exception:
             # A bug of ours, which must not cost the device its memory: it is told, logged, and survived.
             _log(f"bug in {type(received.message).__name__}:\n{traceback.format_exc()}")
-            reply = failure_of(
-                AnchorTPError(f"the anchor of {self.device} has a bug; its log says where. Report it.")
-            )
+            reply = failure_of(AnchorTPError(f"the anchor of {self.device} has a bug; its log says where. Report it."))
         finally:
             received.close_fds()
         client.channel.post(reply, fds)
@@ -432,8 +430,7 @@ def _listen(device: str, runtime_dir: str) -> Listener:
         return listen(anchor_socket(runtime_dir, device))
     except AddressHeld as error:
         raise AnchorRunning(
-            f"{device} has an anchor already, process {error.pid or '(unknown)'}; "
-            f"use that one, or end it with SIGTERM"
+            f"{device} has an anchor already, process {error.pid or '(unknown)'}; use that one, or end it with SIGTERM"
         ) from error
 
 

@@ -77,8 +77,7 @@ class AnchorClient:
             client = cls(channel, role=role, timeout_s=timeout_s)
             if client.welcome.device != device:
                 raise StateError(
-                    f"the anchor of {client.welcome.device} answers for {device}; "
-                    f"use another runtime directory"
+                    f"the anchor of {client.welcome.device} answers for {device}; use another runtime directory"
                 )
         except BaseException:
             channel.close()
@@ -108,9 +107,7 @@ class AnchorClient:
     def adopt_arena(self, arena: MemfdArena, ranges: Iterable[Range], epoch: int) -> ArenaInfo:
         """Hands the arena to a new anchor; the caller keeps his own. Fence with the newest epoch first: a new
         anchor starts at epoch 0."""
-        request = AdoptArena(
-            name=arena.name, reserved_bytes=arena.reserved_bytes, ranges=tuple(ranges), epoch=epoch
-        )
+        request = AdoptArena(name=arena.name, reserved_bytes=arena.reserved_bytes, ranges=tuple(ranges), epoch=epoch)
         return self._ask(request, ArenaReply, fds=(arena.fd,)).arena
 
     def drop_arena(self, name: str, epoch: int) -> int:
@@ -198,9 +195,7 @@ class AnchorClient:
         received.close_fds()
         return received.message
 
-    def _exchange(
-        self, request: Message, expected: type[Message], fds: Sequence[int], timeout_s: float
-    ) -> Received:
+    def _exchange(self, request: Message, expected: type[Message], fds: Sequence[int], timeout_s: float) -> Received:
         """Sends the request, returns its answer of the expected type, or raises the Failure that it is."""
         deadline_s = time.monotonic() + timeout_s
         try:

@@ -39,13 +39,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _check_version(self.version)
         if self.digest != self._digest():
             raise ManifestInvalid(
-                f"the manifest of {self.device} is torn: the seal does not fit the contents. "
-                f"Load the device afresh."
+                f"the manifest of {self.device} is torn: the seal does not fit the contents. Load the device afresh."
             )
         if device is not None and self.device != device:
-            raise ManifestInvalid(
-                f"this manifest is of {self.device}, not of {device}; load the device afresh"
-            )
+            raise ManifestInvalid(f"this manifest is of {self.device}, not of {device}; load the device afresh")
 
     def to_bytes(self) -> bytes:
         """msgpack, for the wire or a file; the inverse of `from_bytes`."""

@@ -134,24 +134,18 @@ class DeviceMemory:
             return self._held[name]
         except KeyError:
             known = ", ".join(sorted(self._held)) or "none"
-            raise ArenaUnknown(
-                f"{self.device} has no arena {name!r} (it has: {known}); create or adopt it"
-            ) from None
+            raise ArenaUnknown(f"{self.device} has no arena {name!r} (it has: {known}); create or adopt it") from None
 
     def _check_new(self, name: str) -> None:
         if not name.isprintable() or not 0 < len(name.encode()) <= MAX_NAME_BYTES:
-            raise StateError(
-                f"{name!r} cannot name an arena; take 1 to {MAX_NAME_BYTES} bytes of printable text"
-            )
+            raise StateError(f"{name!r} cannot name an arena; take 1 to {MAX_NAME_BYTES} bytes of printable text")
         if name in self._held:
             raise StateError(f"{self.device} has an arena {name!r} already; open it, or drop it first")
 
     def _account(self, held: _Held, ranges: Ranges) -> None:
         _check_ranges(held.arena, ranges)
         pages = held.pages.copy()
-        requested_bytes = sum(
-            pages.add(round_down(start), round_up(stop)) for start, stop in ranges if start < stop
-        )
+        requested_bytes = sum(pages.add(round_down(start), round_up(stop)) for start, stop in ranges if start < stop)
         committed_bytes = self.committed_bytes
         if committed_bytes + requested_bytes > self.budget_bytes:
             raise BudgetExceeded(
@@ -165,9 +159,7 @@ class DeviceMemory:
 
 def _check_size(name: str, reserved_bytes: int) -> None:
     if not 0 < reserved_bytes <= MAX_RESERVED_BYTES:
-        raise StateError(
-            f"arena {name!r} cannot reserve {reserved_bytes} bytes; give 1 to {MAX_RESERVED_BYTES}"
-        )
+        raise StateError(f"arena {name!r} cannot reserve {reserved_bytes} bytes; give 1 to {MAX_RESERVED_BYTES}")
 
 
 def _check_ranges(arena: MemfdArena, ranges: Ranges) -> None:

@@ -50,9 +50,7 @@ class AddressHeld(WireError):
 
     def __init__(self, path: Path, pid: int):
         self.pid = pid
-        super().__init__(
-            f"process {pid or '(unknown)'} listens at {path} already; connect to it, or stop it first"
-        )
+        super().__init__(f"process {pid or '(unknown)'} listens at {path} already; connect to it, or stop it first")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,9 +150,7 @@ class Channel:
             if self._at_end:
                 raise self._closed_by_peer()
             if not _wait(self._readable, deadline_s):
-                raise ChannelTimeout(
-                    f"no message within {timeout_s} s; the peer is stuck, or needs more time"
-                )
+                raise ChannelTimeout(f"no message within {timeout_s} s; the peer is stuck, or needs more time")
             self._fill()
         return received
 
@@ -255,9 +251,7 @@ class Channel:
     def _fill(self) -> bool:
         """Takes in what one read gives; False when there is nothing now, or nothing ever more."""
         try:
-            num_bytes, ancillary, flags, _ = self._sock.recvmsg_into(
-                [self._scratch], _ANCILLARY_BYTES, _RECV_FLAGS
-            )
+            num_bytes, ancillary, flags, _ = self._sock.recvmsg_into([self._scratch], _ANCILLARY_BYTES, _RECV_FLAGS)
         except BlockingIOError:
             return False
         except OSError:
@@ -306,9 +300,7 @@ class Channel:
     # -- the end
 
     def _violated(self, what: str) -> NoReturn:
-        error = ProtocolError(
-            f"the peer broke the protocol: {what}. Run the same version of anchortp at both ends."
-        )
+        error = ProtocolError(f"the peer broke the protocol: {what}. Run the same version of anchortp at both ends.")
         if self._farewell is not None:
             with contextlib.suppress(WireError):
                 self.post(self._farewell(error))
@@ -405,9 +397,7 @@ def private_directory(path: str | os.PathLike[str]) -> Path:
             f"the runtime directory {directory} cannot be made: {error.strerror}; choose another"
         ) from error
     if not stat.S_ISDIR(status.st_mode):
-        raise ConfigError(
-            f"the runtime directory {directory} is no directory (or a link to one); give a real one"
-        )
+        raise ConfigError(f"the runtime directory {directory} is no directory (or a link to one); give a real one")
     if status.st_uid != os.geteuid() or status.st_mode & 0o077:
         raise ConfigError(
             f"the runtime directory {directory} is open to other users (owner {status.st_uid}, mode "
@@ -494,17 +484,13 @@ def connect(path: str | os.PathLike[str], timeout_s: float = DEFAULT_TIMEOUT_S) 
         sock.connect(os.fspath(path))
     except BlockingIOError as error:
         sock.close()
-        raise ChannelTimeout(
-            f"the process at {path} takes no connection ({timeout_s} s); it is stuck"
-        ) from error
+        raise ChannelTimeout(f"the process at {path} takes no connection ({timeout_s} s); it is stuck") from error
     except (FileNotFoundError, ConnectionRefusedError) as error:
         sock.close()
         raise ChannelClosed(f"nobody listens at {path}; start that process first") from error
     except OSError as error:
         sock.close()
-        raise ChannelClosed(
-            f"cannot connect to {path}: {error.strerror}; check the runtime directory"
-        ) from error
+        raise ChannelClosed(f"cannot connect to {path}: {error.strerror}; check the runtime directory") from error
     return _same_user(sock)
 
 
@@ -512,9 +498,7 @@ def _same_user(sock: socket.socket) -> socket.socket:
     peer = peer_credentials(sock)
     if peer.uid != os.geteuid():
         sock.close()
-        raise PeerRefused(
-            f"process {peer.pid} belongs to user {peer.uid}, not {os.geteuid()}; run both as one user"
-        )
+        raise PeerRefused(f"process {peer.pid} belongs to user {peer.uid}, not {os.geteuid()}; run both as one user")
     return sock
 
 
