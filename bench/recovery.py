@@ -129,7 +129,7 @@ def recover(
         "step_s": step_seconds(streams, fault_s),
         "failed": sum(not s.finished for s in streams),
         "bytes": episode["bytes"],
-        "kv_intact": episode["kv_intact"],
+        "kv": episode["kv"],
     }
 
 
@@ -243,7 +243,7 @@ def show(result: dict[str, Any]) -> None:
             out.print(
                 f"{system}: median ms per phase: {phases}; per victim, TFS in ms: "
                 + ", ".join(
-                    f"{run['victim']} {1e3 * run['tfs_s']:.0f}{'' if run['kv_intact'] else ' (KV replayed)'}"
+                    f"{run['victim']} {1e3 * run['tfs_s']:.0f} (KV {run['kv']})"
                     for run in result["runs"][system]
                 )
             )

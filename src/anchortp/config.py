@@ -79,9 +79,7 @@ def parse_model_config(raw: dict[str, Any], dtype: str = "auto") -> ModelConfig:
     """As `load_model_config`, from the parsed JSON."""
     kind = raw.get("model_type")
     if kind not in ARCHITECTURES:
-        raise UnsupportedModel(
-            f"model_type {kind!r} is not supported; these are: {', '.join(sorted(ARCHITECTURES))}."
-        )
+        raise UnsupportedModel(f"model_type {kind!r} is not supported; these are: {', '.join(sorted(ARCHITECTURES))}.")
     _refuse_unsupported(raw)
     try:
         hidden, q_heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
@@ -211,6 +209,7 @@ class EngineConfig:
     collectives: Literal["shm", "gloo"] = "shm"
     speeds: tuple[tuple[str, float], ...] = ()
     min_step_deadline_s: float = 2.0
+    kv_mirror_slots: int = 0  # blocks, with all KV heads, that the host's mirror holds; 0: no mirror
 
     @property
     def min_kv_blocks(self) -> int:
@@ -227,6 +226,8 @@ def resolve_engine_config(
     device_memory_bytes: int | None = None,
     max_model_len: int | None = None,
     kv_tokens: int | None = None,
+    kv_mirror: str = "host",
+    kv_mirror_bytes: int | None = None,
     max_num_seqs: int = 16,
     max_batch_tokens: int = 512,
     kv_block_size: int = 16,
@@ -235,7 +236,8 @@ def resolve_engine_config(
     """Resolves what was left open from the model and this machine, and freezes it.
 
     `device_memory_bytes`: an equal share of 80 % of the memory that is free now. `max_model_len`: the model's,
-    but at most 8192. `kv_tokens`: every sequence at full length. Raises ConfigError.
+    but at most 8192. `kv_tokens`: every sequence at full length. `kv_mirror`: "host" or "off"; `kv_mirror_bytes`:
+    room for the whole KV cache, but at most a tenth of the free memory. Raises ConfigError.
     """
     model = load_model_config(model_folder, dtype)
     for device in devices:
@@ -244,9 +246,7 @@ def resolve_engine_config(
             raise ConfigError(f"device {device!r}: only CPU devices (cpu:0, cpu:1, ...) are supported.")
     max_model_len = max_model_len or min(model.max_position, 8192)
     if not 2 <= max_model_len <= model.max_position:
-        raise ConfigError(
-            f"max_model_len is {max_model_len}; this model takes from 2 to {model.max_position} tokens."
-        )
+        raise ConfigError(f"max_model_len is {max_model_len}; this model takes from 2 to {model.max_position} tokens.")
     for name, value in {"max_num_seqs": max_num_seqs, "kv_block_size": kv_block_size}.items():
         if value < 1:
             raise ConfigError(f"{name} is {value}; it must be at least 1.")
@@ -254,6 +254,7 @@ def resolve_engine_config(
     if kv_tokens < max_model_len:
         raise ConfigError(f"kv_tokens is {kv_tokens}; one sequence alone may take {max_model_len} (max_model_len).")
     cores = len(os.sched_getaffinity(0))
+    kv_blocks = -(-kv_tokens // kv_block_size)
     return EngineConfig(
         model_folder=str(Path(model_folder).resolve()),
         runtime_dir=str(runtime_dir),
@@ -264,10 +265,27 @@ def resolve_engine_config(
         max_num_seqs=max_num_seqs,
         max_batch_tokens=max_batch_tokens,
         kv_block_size=kv_block_size,
-        kv_blocks=-(-kv_tokens // kv_block_size),
+        kv_blocks=kv_blocks,
+        kv_mirror_slots=_mirror_slots(model, kv_mirror, kv_mirror_bytes, kv_block_size, kv_blocks),
         threads_per_worker=max(1, cores // max(1, len(devices))),
         **more,
     )
+
+
+def _mirror_slots(model: ModelConfig, kv_mirror: str, num_bytes: int | None, block_size: int, kv_blocks: int) -> int:
+    if kv_mirror not in ("host", "off"):
+        raise ConfigError(f"kv_mirror is {kv_mirror!r}; choose 'host' or 'off'.")
+    if kv_mirror == "off":
+        return 0
+    slot_bytes = 2 * model.num_layers * model.num_kv_heads * block_size * model.head_dim * model.dtype_bytes
+    if num_bytes is None:
+        num_bytes = max(slot_bytes, _available_bytes() // 10)
+    if num_bytes < slot_bytes:
+        raise ConfigError(
+            f"kv_mirror_bytes is {num_bytes}, but one block of {block_size} tokens takes {slot_bytes}; "
+            f"give the mirror more, or switch it off."
+        )
+    return min(kv_blocks, num_bytes // slot_bytes)
 
 
 def _available_bytes() -> int:

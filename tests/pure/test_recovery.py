@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from anchortp.layout import FAMILIES, KVAddresses, WeightAddresses, initial_layout, model_units
 from anchortp.recovery import Coordinator, RecoveryConfig, StepDeadline, replay
 from anchortp.recovery import events as ev
-from anchortp.recovery.coordinator import FORMING, LEAVING, LOADING, REFUSING, SERVING
+from anchortp.recovery.coordinator import COMPACTING, FORMING, LEAVING, LOADING, REFUSING, RESTORING, SERVING
+from anchortp.recovery.events import KVState
 from tests.pure.test_layout_and_shrink import devices, make_config
 
 UNITS = model_units(make_config(kv_heads=3, group=3))
@@ -25,7 +26,7 @@ PLENTY = 1 << 30
 class World:
     """A shell without IO. `anchors` and `workers` are what is alive; `inflight` the answers still to be given."""
 
-    def __init__(self, names=devices(4), budget=PLENTY, units=UNITS, config=CONFIG, shards=None):
+    def __init__(self, names=devices(4), budget=PLENTY, units=UNITS, config=CONFIG, shards=None, num_kv_blocks=0):
         self.units = units
         self.anchors = set(names)
         self.workers: set[str] = set()
@@ -38,7 +39,7 @@ class World:
         found = tuple(
             ev.DeviceFound(device=name, budget_bytes=budget, shard=(shards or {}).get(name)) for name in names
         )
-        self.give(ev.Start(devices=found, epoch=1))
+        self.give(ev.Start(devices=found, epoch=1, num_kv_blocks=num_kv_blocks))
 
     def give(self, event: ev.Event) -> None:
         self.now += 0.001
@@ -72,6 +73,15 @@ class World:
                 self.fresh_loads += fresh
                 answer = ev.Loaded(
                     device=device, epoch=epoch, num_bytes=num_bytes + fresh * self.units.replicated_bytes
+                )
+            case ev.Compact(epoch=epoch, devices=names):
+                for device in names:
+                    self.inflight.append(ev.Compacted(device=device, epoch=epoch))
+            case ev.Restore(device=device, epoch=epoch, planes=planes, layout=layout):
+                assert {p.head for p in planes} <= set(layout[device]["kv"])
+                copied = sum(p.device is not None for p in planes)
+                answer = ev.Restored(
+                    device=device, epoch=epoch, ok=True, copied_bytes=copied, restored_bytes=len(planes) - copied
                 )
             case ev.Form(epoch=epoch, layout=layout):
                 layout.check(self.units)
@@ -146,7 +156,7 @@ def test_cold_start_loads_everything_once():
     held = sum(world.coordinator.layout.weight_bytes(UNITS, d) for d in devices(4))
     assert episode.loaded_bytes == held
     assert episode.lost_bytes == 0 and episode.outcome == "serving"
-    assert world.resumed == [ev.Resume(epoch=1, kv_intact=False, num_kv_blocks=64)]
+    assert world.resumed == [ev.Resume(epoch=1, kv=KVState.lost, num_kv_blocks=64)]
 
 
 def test_device_lost_shrinks_and_loads_what_was_lost():
@@ -160,7 +170,7 @@ def test_device_lost_shrinks_and_loads_what_was_lost():
     assert episode.copied_bytes == 0
     kinds = [type(command) for command in world.commands]
     order = [ev.Abort, ev.Leave, ev.TakeCensus, ev.Drop, ev.Reserve, ev.Load, ev.Form, ev.Resume]
-    assert sorted(set(kinds), key=kinds.index) == order
+    assert [kind for kind in sorted(set(kinds), key=kinds.index) if kind is not ev.Restore] == order
     assert not of_kind(world.commands, ev.Attach)
 
 
@@ -172,7 +182,7 @@ def test_worker_crash_attaches_a_spare_and_loads_nothing():
     assert world.coordinator.layout == before
     assert not of_kind(world.commands, ev.Load) and not of_kind(world.commands, ev.Reserve)
     assert of_kind(world.commands, ev.Attach) == [ev.Attach(device="cpu:1", epoch=2)]
-    assert world.resumed[-1] == ev.Resume(epoch=2, kv_intact=True, num_kv_blocks=64)
+    assert world.resumed[-1] == ev.Resume(epoch=2, kv=KVState.whole, num_kv_blocks=64)
     assert world.coordinator.episodes[-1].workers_replaced == ["cpu:1"]
     assert world.coordinator.episodes[-1].loaded_bytes == 0
 
@@ -182,7 +192,7 @@ def test_hang_is_fenced_and_then_a_crash():
     world.hang("cpu:3")
     world.settle()
     assert isinstance(world.commands[0], ev.Fence) and world.commands[0].device == "cpu:3"
-    assert world.resumed[-1].kv_intact and not of_kind(world.commands, ev.Load)
+    assert world.resumed[-1].kv is KVState.whole and not of_kind(world.commands, ev.Load)
     assert "hangs" in world.coordinator.episodes[-1].cause
 
 
@@ -315,7 +325,7 @@ def test_warm_attach_loads_nothing():
     world = World(shards={shard.device: shard for shard in layout.shards})
     world.settle()
     assert world.coordinator.episodes[0].loaded_bytes == 0 and not of_kind(world.commands, ev.Load)
-    assert not world.resumed[-1].kv_intact
+    assert world.resumed[-1].kv is KVState.lost
 
 
 def test_warm_attach_fills_a_replaced_device_with_what_is_missing():
@@ -395,3 +405,113 @@ def test_step_deadline_learns_from_steps():
     for _ in range(deadline.window):
         deadline.observe(8, 0.01)
     assert deadline.for_step(8) == 1.0, "old, slow steps are forgotten, and the floor holds"
+
+
+def kv_world(**options) -> World:
+    """Degree 4 of 9 q heads and 3 KV heads: KV heads 1 and 2 have two holders each, KV head 0 has one."""
+    world = serving(**options)
+    assert [shard["kv"] for shard in world.coordinator.layout.shards] == [(0,), (1,), (1, 2), (2,)]
+    return world
+
+
+def test_planes_that_survive_elsewhere_are_copied_from_there():
+    world = kv_world()
+    world.lose("cpu:1")
+    world.settle()
+    (restore,) = of_kind(world.commands, ev.Restore)
+    assert restore.planes == (ev.PlaneSource(head=1, device="cpu:2"),)
+    assert world.resumed[-1].kv is KVState.whole
+    assert world.coordinator.episodes[-1].kv_copied_bytes == 1
+
+
+def test_planes_without_a_holder_come_from_the_mirror_or_are_replayed():
+    for mirror, expected in ((True, KVState.mirrored), (False, KVState.lost)):
+        world = kv_world(config=replace(CONFIG, kv_mirror=mirror))
+        world.lose("cpu:0")
+        world.settle()
+        planes = [plane for restore in of_kind(world.commands, ev.Restore) for plane in restore.planes]
+        assert bool(planes) == mirror and all(plane.device is None for plane in planes)
+        assert world.resumed[-1].kv is expected
+        world.crash("cpu:1")
+        world.settle()
+        assert world.resumed[-1].kv is KVState.whole, "what was replayed since is whole again"
+
+
+def test_no_plane_is_restored_where_every_holder_is_left():
+    world = kv_world()
+    world.lose("cpu:2")
+    world.settle()
+    assert not of_kind(world.commands, ev.Restore) and world.resumed[-1].kv is KVState.whole
+
+
+def test_a_source_that_dies_while_it_is_copied_from_is_not_believed():
+    world = kv_world()
+    world.lose("cpu:1")
+    while world.coordinator.phase != RESTORING:
+        world.answer_one()
+    world.lose("cpu:2")
+    world.settle()
+    assert world.resumed[-1].kv is KVState.lost
+
+
+def test_a_crash_while_planes_are_restored_restores_them_again():
+    world = kv_world()
+    world.lose("cpu:1")
+    while world.coordinator.phase != RESTORING:
+        world.answer_one()
+    world.crash("cpu:3")
+    world.settle()
+    assert world.resumed[-1].kv is KVState.whole
+    assert len(of_kind(world.commands, ev.Restore)) == 2
+
+
+def test_a_restore_that_fails_ends_in_replay():
+    world = kv_world()
+    world.lose("cpu:1")
+    while world.coordinator.phase != RESTORING:
+        world.answer_one()
+    (answer,) = world.inflight
+    world.inflight.clear()
+    world.give(replace(answer, ok=False))
+    world.settle()
+    assert world.coordinator.phase == SERVING and world.resumed[-1].kv is KVState.lost
+
+
+def test_kv_left_by_an_earlier_engine_is_kept_if_it_is_whole():
+    layout = initial_layout(UNITS, devices(4))
+    shards = {shard.device: shard for shard in layout.shards}
+    for left, expected in ((shards, KVState.whole), ({**shards, "cpu:0": None}, KVState.lost)):
+        world = World(shards=left, num_kv_blocks=64)
+        world.settle()
+        assert world.resumed[-1].kv is expected
+
+
+def small_kv_world() -> World:
+    """Losing cpu:2 leaves room for fewer KV blocks, though every plane of it survives elsewhere."""
+    units = model_units(make_config(kv_heads=3, group=3, hidden=2048))
+    kv = KVAddresses(config=units.config, block_size=16, num_blocks=256)
+    fullest = initial_layout(units, devices(4)).shards[2]  # two KV heads
+    rounding = 2 * 4 * 4096 * units.config.num_layers
+    budget = WeightAddresses(units=units).committed_bytes(fullest) + 2 * 256 * kv.block_bytes + rounding
+    return kv_world(units=units, config=replace(CONFIG, kv_blocks=256), budget=budget)
+
+
+def test_a_smaller_kv_cache_is_compacted_before_memory_is_given_back():
+    world = small_kv_world()
+    world.lose("cpu:2")
+    world.settle()
+    kinds = [type(command) for command in world.commands]
+    assert world.resumed[-1].kv is KVState.whole and world.resumed[-1].num_kv_blocks < 256
+    assert kinds.index(ev.Compact) < kinds.index(ev.Reserve)
+    (compact,) = of_kind(world.commands, ev.Compact)
+    assert compact.devices == world.coordinator.members
+
+
+def test_a_fault_while_blocks_are_moved_ends_in_replay():
+    world = small_kv_world()
+    world.lose("cpu:2")
+    while world.coordinator.phase != COMPACTING:
+        world.answer_one()
+    world.crash("cpu:3")
+    world.settle()
+    assert world.coordinator.phase == SERVING and world.resumed[-1].kv is KVState.lost

@@ -212,7 +212,7 @@ def _verdict(console: Console, show: Show) -> int:
         "bytes loaded": f"{moved['loaded']:,}",
         "  of them further KV head copies": f"{moved['replica']:,}",
         "bytes copied between devices": f"{moved['copied']:,}",
-        "KV cache": "whole" if episode["kv_intact"] else "replayed",
+        "KV cache": episode["kv"],
         "requests failed": str(len(failed)),
     }
     for name, value in rows.items():

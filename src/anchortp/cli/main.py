@@ -34,6 +34,11 @@ class FaultKind(StrEnum):
     hang = "hang"
 
 
+class KVMirror(StrEnum):
+    host = "host"
+    off = "off"
+
+
 class Collectives(StrEnum):
     shm = "shm"
     gloo = "gloo"
@@ -50,6 +55,13 @@ def serve(
     device_memory: DeviceMemory = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="Tokens that the KV cache holds.")] = None,
+    kv_mirror: Annotated[
+        KVMirror, typer.Option(help="host: sealed KV blocks are copied to host memory.")
+    ] = KVMirror.host,
+    kv_mirror_memory: Annotated[
+        str | None,
+        typer.Option(help="Memory of the mirror, as 2G. Default: the whole cache, up to a tenth of what is free."),
+    ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that run at the same time.")] = 16,
     max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 512,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get a 429.")] = 256,
@@ -91,6 +103,8 @@ def serve(
         device_memory_bytes=serving.parse_bytes(device_memory),
         max_model_len=max_model_len,
         kv_tokens=kv_tokens,
+        kv_mirror=kv_mirror.value,
+        kv_mirror_bytes=serving.parse_bytes(kv_mirror_memory),
         max_num_seqs=max_num_seqs,
         max_batch_tokens=max_num_batched_tokens,
         max_waiting=max_waiting,

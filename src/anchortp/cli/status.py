@@ -109,7 +109,7 @@ def _fault_table(episodes: list[dict[str, Any]]) -> Table:
             str(episode["epoch"]),
             episode["cause"],
             *(f"{moved[kind] / 1e6:.2f} MB" for kind in ("lost", "loaded", "copied")),
-            "whole" if episode["kv_intact"] else "replayed",
+            episode["kv"],
             _milliseconds(episode["seconds"]),
             _milliseconds(episode["first_token_s"]),
         )

@@ -11,8 +11,9 @@ from __future__ import annotations
 import heapq
 import struct
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from hashlib import blake2b
+from itertools import islice
 
 _ROOT_HASH = blake2b(b"anchortp kv block v1", digest_size=16).digest()
 
@@ -37,11 +38,24 @@ class BlockPool:
     blank   free, contents meaningless; lowest id goes first, so that high pages stay uncommitted and a later
             shrink finds them empty
 
-    A held block is cached too once it is registered. After a shrink, held ids at or above `num_blocks` are
+    A held block is cached too once it is registered. After a `shrink`, held ids at or above `num_blocks` are
     retired: they cannot be found any more and vanish when their last holder frees them.
+
+    No content is kept twice: whoever completes a block that another one holds already takes that one instead
+    (`register`). So what is evicted is exactly what an ideal LRU cache of blocks would evict.
+
+    `on_change(block_id, hash)` is called when a block gets a content, and again each time that it is used
+    (found, or freed by its last holder); `on_change(block_id, None)` when it loses it, before anybody can be
+    told to write to it. In this order a persistent index (`KVIndex.update`) gives the order of eviction back.
     """
 
-    def __init__(self, num_blocks: int, block_size: int):
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        on_change: Callable[[int, bytes | None], None] | None = None,
+    ):
         assert num_blocks > 0 and block_size > 0, (num_blocks, block_size)
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -53,6 +67,8 @@ class BlockPool:
         self._lru: OrderedDict[int, None] = OrderedDict()  # free cached blocks, next to go first
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
+        self._fresh: dict[int, bytes] = {}  # registered, and not yet taken by `take_sealed`
+        self._on_change = on_change or _ignore
 
     # --- asking (nothing changes) ---
 
@@ -76,6 +92,19 @@ class BlockPool:
     def is_cached(self, block_id: int) -> bool:
         """Whether the block is full of KV that was computed and registered, and not lost since."""
         return block_id in self._hash_of
+
+    def block_of(self, block_hash: bytes) -> int | None:
+        """The block that holds this content, if any."""
+        return self._block_of.get(block_hash)
+
+    def sealed(self) -> list[tuple[int, bytes]]:
+        """Block id and hash of all whose contents are known: least recently used first, held ones last."""
+        held = [block_id for block_id in self._refs if block_id in self._hash_of]
+        return [(block_id, self._hash_of[block_id]) for block_id in [*self._lru, *held]]
+
+    def occupied(self) -> list[int]:
+        """All ids that are not blank: held or cached, so that their planes mean something."""
+        return [*self._lru, *self._refs]
 
     def match(self, block_hashes: Sequence[bytes], num_tokens: int) -> list[int]:
         """The longest cached prefix of a sequence of `num_tokens` tokens, as block ids.
@@ -105,10 +134,8 @@ class BlockPool:
         """
         assert self.can_allocate(num_blocks, hit), f"{num_blocks} blocks asked for, {self.num_free} free"
         assert len(hit) <= num_blocks, (len(hit), num_blocks)
-        for block_id in hit:
-            assert block_id in self._hash_of, f"block {block_id} is not cached"
-            self._lru.pop(block_id, None)
-            self._refs[block_id] = self._refs.get(block_id, 0) + 1
+        for block_id in reversed(hit):
+            self._hold(block_id)
         return [*hit, *(self._take() for _ in range(num_blocks - len(hit)))]
 
     def count_query(self, num_tokens: int, num_hit_tokens: int) -> None:
@@ -128,24 +155,100 @@ class BlockPool:
                 del self._refs[block_id]
                 self._release(block_id)
 
-    def register(self, block_id: int, block_hash: bytes) -> None:
+    def register(self, block_id: int, block_hash: bytes) -> int:
         """Says that a held block is now full of the KV of this hash, so that others may share it.
 
-        Where another block holds the same already, that one stays the one to be found.
+        Returns the block to hold from now on. Where another block holds the same already, it is that one: the
+        caller's reference has moved there, and its own block is free if nobody else holds it.
         """
         assert block_id in self._refs, f"block {block_id} is not held"
         assert self._hash_of.get(block_id, block_hash) == block_hash, f"block {block_id} was overwritten"
-        if block_id < self.num_blocks and block_hash not in self._block_of:
-            self._hash_of[block_id] = block_hash
+        known = self._block_of.get(block_hash)
+        if known is not None:
+            return self.exchange(block_id, known)
+        if block_id < self.num_blocks:
+            self._hash_of[block_id] = self._fresh[block_id] = block_hash
             self._block_of[block_hash] = block_id
+            self._on_change(block_id, block_hash)
+        return block_id
+
+    def exchange(self, block_id: int, known: int) -> int:
+        """Moves one reference from a held block to the cached block `known`. Returns `known`."""
+        if known != block_id:
+            self._hold(known)
+            self.free((block_id,))
+        return known
+
+    def take_sealed(self, max_blocks: int | None = None) -> list[tuple[int, bytes]]:
+        """Block id and hash of blocks registered and not yet taken, at most `max_blocks`, oldest first.
+
+        Blocks that lost their contents meanwhile are not among them.
+        """
+        taken = list(islice(self._fresh.items(), max_blocks))
+        for block_id, _ in taken:
+            del self._fresh[block_id]
+        return taken
+
+    def offer(self, block_hashes: Iterable[bytes]) -> None:
+        """`take_sealed` gives these contents once more, as far as they are still there."""
+        for block_hash in block_hashes:
+            block_id = self._block_of.get(block_hash)
+            if block_id is not None:
+                self._fresh[block_id] = block_hash
+
+    def adopt(self, entries: Sequence[tuple[int, bytes]]) -> None:
+        """Takes over a cache that somebody else filled: block id and hash, least recently used first.
+
+        [warm restart] The pool must be as new. Entries of ids that the pool has not are reported gone.
+        """
+        assert not self._refs and not self._hash_of, "only an empty pool can take over a cache"
+        for block_id, block_hash in entries:
+            if block_id >= self.num_blocks:
+                self._on_change(block_id, None)
+                continue
+            assert block_id not in self._hash_of and block_hash not in self._block_of, "an entry came twice"
+            self._hash_of[block_id] = self._fresh[block_id] = block_hash
+            self._block_of[block_hash] = block_id
+            self._lru[block_id] = None
+            self._on_change(block_id, block_hash)
+        self._set_blank(block_id for block_id in range(self.num_blocks) if block_id not in self._lru)
+
+    def keep_only(self, block_ids: Collection[int]) -> None:
+        """The contents of all other blocks are gone: they are not found any more. Held blocks stay held."""
+        for block_id in [b for b in self._hash_of if b not in block_ids]:
+            self._forget(block_id)
+        gone = [block_id for block_id in self._lru if block_id not in self._hash_of]
+        for block_id in gone:
+            del self._lru[block_id]
+        self._set_blank([*self._blank, *gone])
 
     def invalidate_all(self) -> None:
         """The contents of the cache are gone. Nothing is found any more; held blocks stay held."""
-        self._hash_of.clear()
-        self._block_of.clear()
-        self._blank.extend(self._lru)
-        self._lru.clear()
-        heapq.heapify(self._blank)
+        self.keep_only(())
+
+    def compact(self, num_blocks: int) -> list[tuple[int, int]]:
+        """Gives up the ids `[num_blocks, self.num_blocks)`, but of the contents no more than must go.
+
+        Blank blocks go first, then cached ones, least recently used first. What survives at or above
+        `num_blocks` moves to blank ids below: returns these moves, (from, to), in any order, since no `to` is a
+        `from`. The caller changes its tables, and has the contents moved before the memory is given back and
+        before anybody computes. Until then `on_change` has reported more than is true: an index that outlives a
+        crash must not be believed meanwhile (`KVIndex.set_epoch`).
+
+        Requires `num_held <= num_blocks`, and no retired block.
+        """
+        assert 0 < num_blocks <= self.num_blocks, (num_blocks, self.num_blocks)
+        assert self.num_held <= num_blocks, f"{self.num_held} blocks are held, only {num_blocks} are left"
+        for _ in range(self.num_held + len(self._lru) - num_blocks):
+            heapq.heappush(self._blank, self._evict())
+        sources = sorted(b for b in [*self._refs, *self._lru] if b >= num_blocks)
+        below = sorted(b for b in self._blank if b < num_blocks)
+        moves = list(zip(sources, below, strict=False))
+        assert len(moves) == len(sources), "blocks are in no place"
+        self.num_blocks = num_blocks
+        self._set_blank(below[len(moves) :])
+        self._move(dict(moves))
+        return moves
 
     def shrink(self, num_blocks: int) -> set[int]:
         """Gives up the ids `[num_blocks, self.num_blocks)`. Returns those of them that are still held.
@@ -156,8 +259,7 @@ class BlockPool:
         for block_id in [b for b in self._hash_of if b >= num_blocks]:
             self._forget(block_id)
             self._lru.pop(block_id, None)
-        self._blank = [b for b in self._blank if b < num_blocks]
-        heapq.heapify(self._blank)
+        self._set_blank(b for b in self._blank if b < num_blocks)
         self.num_blocks = num_blocks
         return {b for b in self._refs if b >= num_blocks}
 
@@ -165,8 +267,7 @@ class BlockPool:
         """Adds the ids `[self.num_blocks, num_blocks)` as blank ones. No retired block may be left."""
         assert num_blocks >= self.num_blocks, (num_blocks, self.num_blocks)
         assert all(b < self.num_blocks for b in self._refs), "blocks of the last shrink are still held"
-        self._blank.extend(range(self.num_blocks, num_blocks))
-        heapq.heapify(self._blank)
+        self._set_blank([*self._blank, *range(self.num_blocks, num_blocks)])
         self.num_blocks = num_blocks
 
     def validate(self, tables: Iterable[Collection[int]] | None = None) -> None:
@@ -178,6 +279,7 @@ class BlockPool:
         assert (held - retired) | blank | lru == set(range(self.num_blocks)), "a block is in no place"
         assert all(count > 0 for count in self._refs.values()), "a held block has no holder"
         assert {h: b for b, h in self._hash_of.items()} == self._block_of, "the hash maps differ"
+        assert self._fresh.items() <= self._hash_of.items(), "a block to be mirrored has lost its contents"
         assert lru <= set(self._hash_of) <= (held - retired) | lru, "a hash is missing, or on a block that is gone"
         if tables is not None:
             counts = Counter(block_id for table in tables for block_id in table)
@@ -186,22 +288,55 @@ class BlockPool:
     # --- inside ---
 
     def _take(self) -> int:
-        if self._blank:
-            block_id = heapq.heappop(self._blank)
-        else:
-            block_id, _ = self._lru.popitem(last=False)
-            self._forget(block_id)
-            self.num_evicted_blocks += 1
+        block_id = heapq.heappop(self._blank) if self._blank else self._evict()
         self._refs[block_id] = 1
         return block_id
+
+    def _evict(self) -> int:
+        block_id, _ = self._lru.popitem(last=False)
+        self._forget(block_id)
+        self.num_evicted_blocks += 1
+        return block_id
+
+    def _hold(self, block_id: int) -> None:
+        """One more reference to a cached block."""
+        assert block_id in self._hash_of, f"block {block_id} is not cached"
+        self._lru.pop(block_id, None)
+        self._refs[block_id] = self._refs.get(block_id, 0) + 1
+        self._on_change(block_id, self._hash_of[block_id])
 
     def _release(self, block_id: int) -> None:
         if block_id >= self.num_blocks:
             return  # retired
         if block_id in self._hash_of:
             self._lru[block_id] = None
+            self._on_change(block_id, self._hash_of[block_id])
         else:
             heapq.heappush(self._blank, block_id)
 
     def _forget(self, block_id: int) -> None:
         del self._block_of[self._hash_of.pop(block_id)]
+        self._fresh.pop(block_id, None)
+        self._on_change(block_id, None)
+
+    def _move(self, moves: Mapping[int, int]) -> None:
+        """Gives blocks other ids, in every book; nobody's place in the order of eviction changes."""
+        self._refs = {moves.get(block_id, block_id): count for block_id, count in self._refs.items()}
+        self._lru = OrderedDict((moves.get(block_id, block_id), None) for block_id in self._lru)
+        self._hash_of = {moves.get(block_id, block_id): h for block_id, h in self._hash_of.items()}
+        self._block_of = {h: block_id for block_id, h in self._hash_of.items()}
+        self._fresh = {moves.get(block_id, block_id): h for block_id, h in self._fresh.items()}
+        moved = {source for source, to in moves.items() if to in self._hash_of}
+        for block_id in moved:
+            self._on_change(block_id, None)
+        if moved:  # in the order of use, all of them: a block reported later counts as used later
+            for block_id, block_hash in self.sealed():
+                self._on_change(block_id, block_hash)
+
+    def _set_blank(self, block_ids: Iterable[int]) -> None:
+        self._blank = list(block_ids)
+        heapq.heapify(self._blank)
+
+
+def _ignore(block_id: int, block_hash: bytes | None) -> None:
+    pass

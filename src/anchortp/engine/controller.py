@@ -25,6 +25,8 @@ from anchortp.engine import messages as m
 from anchortp.engine.api import EngineRequest, Sink, TokenOutput
 from anchortp.engine.blocks import BlockPool
 from anchortp.engine.faults import Strike
+from anchortp.engine.keeper import KVKeeper
+from anchortp.engine.mirror_addresses import HOST
 from anchortp.engine.plane import StatePlane
 from anchortp.engine.pool import WorkerPool, WorkerProcess
 from anchortp.engine.scheduler import Batch, Scheduler
@@ -69,7 +71,9 @@ class ElasticEngine:
         self.vocab_size = config.model.vocab_size
         self.units = model_units(config.model)
         self.recovery = Coordinator(self.units, _recovery_config(config))
-        self.pool = BlockPool(num_blocks=config.kv_blocks, block_size=config.kv_block_size)
+        self.pool = BlockPool(
+            num_blocks=config.kv_blocks, block_size=config.kv_block_size, on_change=self._on_block_change
+        )
         self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=config.max_num_seqs,
@@ -88,6 +92,7 @@ class ElasticEngine:
         self._lock = threading.Lock()
         self._sinks: dict[str, Sink] = {}
         self._workers: dict[str, WorkerProcess] = {}
+        self._keeper: KVKeeper | None = None
         self._region: ShmRegion | None = None
         self._ranks: tuple[str, ...] = ()
         self._answer: m.StepDone | None = None
@@ -202,6 +207,7 @@ class ElasticEngine:
         except _StepCut:
             return
         self._deliver(self.scheduler.postprocess(batch, answer.sampled, self.config.model.eos_token_ids))
+        self._keeper.save_sealed(self.recovery.layout, self.recovery.epoch)
         if time.monotonic() >= self._publish_due_s:
             self._publish()
 
@@ -291,20 +297,42 @@ class ElasticEngine:
             on_end=self._on_worker_end,
         )
         self._processes.start()
+        self._fingerprint = fingerprint(self.config.model_folder, self.config.model)
         self._plane = StatePlane(
             self.config,
             self.units,
-            fingerprint(self.config.model_folder, self.config.model),
+            self._fingerprint,
             watch=self._watch,
             unwatch=self._unwatch,
-            on_gone=lambda device: self._handle(ev.AnchorGone(device=device)),
+            on_gone=self._on_anchor_gone,
         )
         found = tuple(self._plane.open(device) for device in self.config.devices)
+        self._keeper = KVKeeper(self.config, self._fingerprint, self._plane, self.pool, self.scheduler, self._send)
+        self._keeper.open()
         epoch = self._plane.newest_epoch() + 1
+        num_kv_blocks = self._attach_kv(found, epoch)
+        self._handle(ev.Start(devices=found, epoch=epoch, num_kv_blocks=num_kv_blocks))
+
+    def _attach_kv(self, found: tuple[ev.DeviceFound, ...], epoch: int) -> int:
+        """Takes over the KV planes of an earlier engine, if all agree; returns how many blocks they have."""
+        num_kv_blocks, epochs = self._plane.found_kv()
+        if num_kv_blocks and self._keeper.attach(epochs):
+            self._plane.keep_kv(num_kv_blocks)
+            return num_kv_blocks
         for device in found:
             if device.shard is not None:
-                self._plane.keep_weights_only(device.device, epoch)
-        self._handle(ev.Start(devices=found, epoch=epoch))
+                self._plane.drop_kv(device.device, epoch)
+        return 0
+
+    def _on_block_change(self, block_id: int, block_hash: bytes | None) -> None:
+        if self._keeper is not None:
+            self._keeper.changed(block_id, block_hash)
+
+    def _on_anchor_gone(self, device: str) -> None:
+        if device == HOST:
+            self._keeper.host_gone()
+        else:
+            self._handle(ev.AnchorGone(device=device))
 
     def _close(self) -> None:
         with self._lock:
@@ -318,6 +346,8 @@ class ElasticEngine:
             self._deliver([_failed(request_id, "the engine stopped")])
         if hasattr(self, "_processes"):
             self._processes.stop(STOP_TIMEOUT_S)
+        if self._keeper is not None:
+            self._keeper.close()
         if hasattr(self, "_plane"):
             self._plane.close(stop_anchors=not self._keep_anchors)
         if self._region is not None:
@@ -387,6 +417,14 @@ class ElasticEngine:
                 self._handle(ev.LoadFailed(device=device, epoch=epoch, reason=reason))
             case m.GroupFormed(epoch=epoch):
                 self._handle(ev.Formed(device=device, epoch=epoch))
+            case m.BlocksMoved(epoch=epoch):
+                self._handle(ev.Compacted(device=device, epoch=epoch))
+            case m.PlanesRestored():
+                self._planes_restored(device, message)
+            case m.BlocksSaved(ticket=ticket, ok=ok):
+                self._keeper.saved(device, ticket, ok)
+                if self.recovery.phase == SERVING:
+                    self._keeper.save_sealed(self.recovery.layout, self.recovery.epoch)
             case m.HandedOver(ok=ok, reason=reason):
                 self._handed_over(device, ok, reason)
 
@@ -418,6 +456,7 @@ class ElasticEngine:
             case ev.Abort(epoch=epoch):
                 if self._region is not None:
                     self._region.abort(f"epoch {epoch} is over")
+                self._keeper.fault()
             case ev.Fence(device=device, reason=reason):
                 process = self._workers.get(device)
                 if process is None:  # the device still waits for a process
@@ -440,6 +479,10 @@ class ElasticEngine:
             case ev.Load(device=device, epoch=epoch, before=before, after=after, fresh=fresh):
                 order = m.LoadUnits(epoch=epoch, before=before.as_dict(), after=after.as_dict(), fresh=fresh)
                 self._send(device, order)
+            case ev.Compact():
+                self._keeper.compact(command, self.recovery.layout)
+            case ev.Restore():
+                self._keeper.restore(command)
             case ev.Form():
                 self._form(command)
             case ev.Drop(device=device):
@@ -501,10 +544,21 @@ class ElasticEngine:
         return self.config.max_batch_tokens * self.config.model.hidden_size * 4
 
     def _resume(self, command: ev.Resume) -> None:
-        self.scheduler.set_num_blocks(command.num_kv_blocks)
-        if not command.kv_intact:
-            self.scheduler.on_kv_lost()
+        self._keeper.resume(command)
         self._ready.set()
+
+    def _planes_restored(self, device: str, answer: m.PlanesRestored) -> None:
+        if not answer.ok:
+            log.warning("%s: KV planes could not be restored: %s", device, answer.reason)
+        self._handle(
+            ev.Restored(
+                device=device,
+                epoch=answer.epoch,
+                ok=answer.ok,
+                copied_bytes=answer.copied_bytes,
+                restored_bytes=answer.restored_bytes,
+            )
+        )
 
     def _refuse(self, reason: str) -> None:
         self._refusal = reason
@@ -598,6 +652,7 @@ class ElasticEngine:
                 "blocks_evicted": self.pool.num_evicted_blocks,
                 "queried_tokens": self.pool.num_queried_tokens,
                 "hit_tokens": self.pool.num_hit_tokens,
+                **(self._keeper.counts() if self._keeper is not None else {}),
             },
             "counters": dict(self._counters),
             "devices": self._devices(),
@@ -628,6 +683,7 @@ def _recovery_config(config: EngineConfig) -> RecoveryConfig:
         kv_blocks=config.kv_blocks,
         min_kv_blocks=config.min_kv_blocks,
         speeds=dict(config.speeds) or None,
+        kv_mirror=config.kv_mirror_slots > 0,
     )
 
 

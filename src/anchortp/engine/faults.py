@@ -19,7 +19,9 @@ from typing import Literal
 
 import msgspec
 
-Point = Literal["prefill", "decode", "collective", "between", "load", "form", "attach", "leave"]
+Point = Literal[
+    "prefill", "decode", "collective", "between", "load", "form", "attach", "leave", "save", "restore"
+]
 
 
 class Strike(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,7 +29,8 @@ class Strike(msgspec.Struct, frozen=True, kw_only=True):
 
     Points: `prefill`, `decode` (a step begins that holds, or does not hold, more than one token of a
     sequence), `collective` (about to enter one, in a step), `between` (after a step), `load` (about to copy a
-    run of units), `form` (about to join a group), `attach`, `leave` (answering those commands).
+    run of units), `form` (about to join a group), `attach`, `leave` (answering those commands), `save` (about to
+    copy blocks to the mirror), `restore` (about to fill planes).
     """
 
     device: str

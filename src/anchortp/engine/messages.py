@@ -52,6 +52,43 @@ class LoadUnits(_Message):
     fresh: bool
 
 
+class MoveBlocks(_Message):
+    """Copy KV blocks within the arena, all planes of `heads` (in slot order): (from, to). -> BlocksMoved"""
+
+    epoch: int
+    heads: list[int]
+    pairs: list[tuple[int, int]]
+
+
+class RestorePlanes(_Message):
+    """Fill the planes of KV heads that are new here. -> PlanesRestored
+
+    `kv_heads`: per device its KV heads in slot order, this one's included. `from_peers`: (head, device), of which
+    `blocks` are copied. `from_mirror`: heads of which `pairs` (block, mirror slot) are.
+    """
+
+    epoch: int
+    kv_heads: dict[str, list[int]]
+    from_peers: list[tuple[int, str]]
+    blocks: list[int]
+    from_mirror: list[int]
+    pairs: list[tuple[int, int]]
+    mirror_id: str
+
+
+class SaveBlocks(_Message):
+    """Copy the planes of `heads` of sealed blocks into the host's mirror: (block, mirror slot). -> BlocksSaved
+
+    `mirror_id` names the host anchor whose arena the slots belong to; it changes when that anchor does.
+    """
+
+    epoch: int
+    ticket: int
+    heads: list[int]
+    pairs: list[tuple[int, int]]
+    mirror_id: str
+
+
 class FormGroup(_Message):
     """With the descriptor of the group's region. `shards`: (device, family -> units) in rank order. -> GroupFormed"""
 
@@ -80,7 +117,9 @@ class Stop(_Message):
     """Exit."""
 
 
-ToWorker = Assign | LeaveEpoch | LoadUnits | FormGroup | RunStep | HandOver | Stop
+ToWorker = (
+    Assign | LeaveEpoch | MoveBlocks | LoadUnits | RestorePlanes | FormGroup | RunStep | SaveBlocks | HandOver | Stop
+)
 
 
 # ------------------------------------------------------------------------------------ worker -> controller
@@ -122,6 +161,27 @@ class LoadRefused(_Message):
     reason: str
 
 
+class BlocksMoved(_Message):
+    epoch: int
+
+
+class PlanesRestored(_Message):
+    """`ok` is false when a source could not be read, for `reason`; the planes are then not to be believed."""
+
+    epoch: int
+    ok: bool
+    copied_bytes: int = 0
+    restored_bytes: int = 0
+    reason: str = ""
+
+
+class BlocksSaved(_Message):
+    """`ok` is false when the mirror could not be reached."""
+
+    ticket: int
+    ok: bool
+
+
 class GroupFormed(_Message):
     epoch: int
 
@@ -152,6 +212,9 @@ FromWorker = (
     | LoadProgress
     | LoadDone
     | LoadRefused
+    | BlocksMoved
+    | PlanesRestored
+    | BlocksSaved
     | GroupFormed
     | StepDone
     | HandedOver

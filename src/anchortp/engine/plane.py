@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from anchortp.arena import MemfdArena, round_up
 from anchortp.config import EngineConfig
 from anchortp.errors import (
     AnchorRunning,
@@ -44,6 +45,7 @@ log = logging.getLogger("anchortp.engine")
 WEIGHTS_ARENA, KV_ARENA = "weights", "kv"
 PING_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 2.0
+HOST_SLACK_BYTES = 1 << 20
 
 
 class StatePlane:
@@ -73,6 +75,7 @@ class StatePlane:
         self._watched: dict[str, int] = {}  # a client that gave up has closed its descriptor itself
         self._kv_slots: dict[str, int] = {}
         self._num_kv_blocks = 0
+        self._manifests: dict[str, Manifest] = {}  # of an earlier engine, as found by `open`
         self._ours = _Started(Path(config.runtime_dir))
         self._ended: list[int] = []
 
@@ -87,12 +90,20 @@ class StatePlane:
     def newest_epoch(self) -> int:
         return max(client.welcome.epoch for client in self._clients.values())
 
-    def ensure_anchor(self, device: str) -> None:
-        """Starts an anchor unless one runs. Blocks until it listens; may run on any thread."""
+    def ensure_anchor(self, device: str, budget_bytes: int | None = None) -> None:
+        """Starts an anchor unless one runs. Blocks until it listens; may run on any thread.
+
+        `budget_bytes`: of an anchor that has to be started; by default a device's.
+        """
+        with (
+            contextlib.suppress(ChannelClosed),
+            AnchorClient.connect(self._config.runtime_dir, device, role="tool", timeout_s=PING_TIMEOUT_S),
+        ):
+            return  # one that is started only to say so would be left as a zombie
         with contextlib.suppress(AnchorRunning):
             pid = start_anchor(
                 device=device,
-                budget_bytes=self._config.device_memory_bytes,
+                budget_bytes=budget_bytes or self._config.device_memory_bytes,
                 runtime_dir=self._config.runtime_dir,
             )
             self._ours.add(device, pid)
@@ -128,7 +139,28 @@ class StatePlane:
             log.info("%s holds another model (or other settings); it is loaded anew", device)
             return None
         shard = shard_from_dict(device, manifest.shards)
-        return shard if any(shard.slots) else None
+        if not any(shard.slots):
+            return None
+        self._manifests[device] = manifest
+        return shard
+
+    def found_kv(self) -> tuple[int, set[int]]:
+        """Of the KV planes that `open` found: how many blocks they have, and the epochs of their manifests.
+
+        (0, ...) unless all agree with each other and with this engine's settings.
+        """
+        found = list(self._manifests.values())
+        epochs = {manifest.epoch for manifest in found}
+        blocks = {manifest.num_kv_blocks for manifest in found}
+        sizes = {manifest.kv_block_size for manifest in found} | {m.arenas.get(KV_ARENA) for m in found}
+        if len(blocks) != 1 or sizes != {self._config.kv_block_size, self.kv.reserved_bytes}:
+            return 0, epochs
+        return blocks.pop(), epochs
+
+    def keep_kv(self, num_kv_blocks: int) -> None:
+        """The planes found are this engine's now."""
+        self._num_kv_blocks = num_kv_blocks
+        self._kv_slots = {device: len(manifest.shards[KV]) for device, manifest in self._manifests.items()}
 
     def _gone(self, device: str, client: AnchorClient) -> None:
         if self._clients.get(device) is client:
@@ -176,6 +208,33 @@ class StatePlane:
                 pass
             finally:
                 os.close(pidfd)
+
+    # --------------------------------------------------------------------------------------- the host's anchor
+
+    def open_host(self, host: str, budget_bytes: int) -> AnchorClient:
+        """Connects to the host's anchor, starting one with `budget_bytes` (and page rounding) if there is none."""
+        self.ensure_anchor(host, budget_bytes + HOST_SLACK_BYTES)
+        return self._connect(host)
+
+    def host_arena(self, host: str, name: str, num_bytes: int, *, keep: bool) -> MemfdArena:
+        """An arena of the host's anchor, all of it committed. `keep`: the one of an earlier engine, if it has this
+        size; else a new one. The caller closes it. Raises BudgetExceeded."""
+        client = self._clients[host]
+        epoch = client.welcome.epoch
+        found = {arena.name: arena.reserved_bytes for arena in client.status().arenas}
+        if name in found and not (keep and found[name] == round_up(num_bytes)):
+            client.drop_arena(name, epoch)
+            del found[name]
+        if name in found:
+            return client.open_arena(name, epoch)
+        arena = client.create_arena(name, num_bytes, epoch)
+        try:
+            client.commit(name, [(0, num_bytes)], epoch)
+        except BudgetExceeded:
+            arena.close()
+            client.drop_arena(name, epoch)
+            raise
+        return arena
 
     # ------------------------------------------------------------------------------------------- census
 
@@ -277,8 +336,8 @@ class StatePlane:
         # From now until it is loaded the device holds nothing that anyone may attach to.
         self.put_manifest(empty_shard(client.welcome.device), 0, epoch)
 
-    def keep_weights_only(self, device: str, epoch: int) -> None:
-        """Attaching to arenas of an earlier engine: its KV cache has no owner any more and is made anew."""
+    def drop_kv(self, device: str, epoch: int) -> None:
+        """Attaching to the weights of an earlier engine, whose KV cache cannot be used: an empty one is made."""
         client = self._clients[device]
         if any(arena.name == KV_ARENA for arena in client.status().arenas):
             client.drop_arena(KV_ARENA, epoch)

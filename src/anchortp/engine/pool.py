@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -81,6 +82,7 @@ class WorkerPool:
         self._zygote: subprocess.Popen[bytes] | None = None
         self._zygote_channel: Channel | None = None
         self._zygote_ready = False
+        self._groups: list[int] = []  # process groups, one per zygote: its forks are in it
         self._processes: set[WorkerProcess] = set()
         self._spares: deque[WorkerProcess] = deque()
         self._wanted: dict[str, Callable[[WorkerProcess], None]] = {}  # by device, in the order of asking
@@ -118,13 +120,16 @@ class WorkerPool:
     def stop(self, timeout_s: float) -> None:
         """Ends every process, kindly first; none is left when it returns."""
         self._stopping = True
+        deadline_s = time.monotonic() + timeout_s
+        for process in [p for p in self._processes if p.pid == 0]:
+            self._await_pid(process, timeout_s)
         for process in list(self._processes):
             with contextlib.suppress(WireError):
                 process.channel.send(m.Stop(), timeout_s=0.1)
         for process in list(self._processes):
             if process.pidfd < 0:
                 continue
-            if not wait_gone(process.pidfd, timeout_s):
+            if not wait_gone(process.pidfd, max(0.0, deadline_s - time.monotonic())):
                 process.kill()
                 wait_gone(process.pidfd, timeout_s)
         for process in list(self._processes):
@@ -136,8 +141,26 @@ class WorkerPool:
             except subprocess.TimeoutExpired:
                 self._zygote.kill()
                 self._zygote.wait()
+        for group in self._groups:
+            self._end_group(group)
 
     # ------------------------------------------------------------------------------------------- inside
+
+    def _end_group(self, group: int) -> None:
+        """Collects the forks of a zygote that died before it could tell us of them."""
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-group, os.WNOHANG)  # from here on a child of ours is in the group, so its id is not reused
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+            while True:
+                os.waitpid(-group, 0)
+
+    def _await_pid(self, process: WorkerProcess, timeout_s: float) -> None:
+        """A fork that is under way has to be known to be collected."""
+        with contextlib.suppress(WireError):
+            received = process.channel.recv(timeout_s)
+            if isinstance(received.message, m.SpareReady):
+                process.started(received.message.pid)
 
     def _start_zygote(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -152,7 +175,9 @@ class WorkerPool:
                 stdout=log,
                 stderr=log,
                 env=environment,
+                process_group=0,
             )
+        self._groups.append(self._zygote.pid)
         self._zygote_ready = False
         self._zygote_channel = Channel(ours, m.FromZygote)
         self._watch(self._zygote_channel.fileno(), self._read_zygote)
@@ -174,9 +199,7 @@ class WorkerPool:
         self._zygote.wait()
         if self._stopping:
             return
-        # Forks that were asked for and not answered are asked for again.
-        for process in [p for p in self._processes if p.pid == 0]:
-            self._forget(process)
+        # A fork that was asked for either has happened and still answers, or its socket ends and it is forgotten.
         self._start_zygote()
 
     def _drop_zygote_channel(self) -> None:

@@ -5,15 +5,25 @@ Every step, every scheduled sequence advances by some of its pending tokens,
 Decode (1 pending), prefill, replay after a preemption and replay after a lost KV plane are the same thing.
 
 Who gets the budget
-1. Running sequences, fewest pending tokens first (ties: earliest arrival). Decodes are thus never delayed by
-   a prefill, and after a fault the shortest replay answers first.
-2. With what is left, waiting sequences in order of arrival, none overtaking another, each as soon as blocks
-   for all its tokens are free and every running sequence keeps one free block to grow into.
+1. Decodes. They are never delayed by a prefill, and by a replay no more than `replay_chunk_tokens` allow.
+2. While sequences replay lost KV, they share what is left with prefills, three to one; what one side does not
+   need the other gets. Shortest replay first, so that the first answer after a fault comes soonest.
+3. Prefills: running sequences, fewest pending tokens first (ties: earliest arrival). With what they leave,
+   waiting sequences in order of arrival, none overtaking another, each as soon as blocks for all its tokens
+   are free and every running sequence keeps one free block to grow into.
 
-Why nobody starves: newcomers get only what the running ones leave, so whoever is running is overtaken by no
-more than those that were running beside it, and `max_batch_tokens >= max_num_seqs` leaves a token for it even
-when all others decode. Waiting is in order of arrival always, also for the preempted. Where blocks run out
-the latest arrival is preempted, so the earliest always goes on, finishes and frees its blocks.
+Why nobody starves: who replays was there when the fault struck, so a replay is overtaken by no newcomer and
+done after all replays' tokens at three quarters of the rate; prefills have their quarter meanwhile. Newcomers
+get only what the running prefills leave, so whoever is running is overtaken by no more than those that were
+running beside it, and `max_batch_tokens >= max_num_seqs` leaves a token for it even when all others decode.
+Waiting is in order of arrival always, also for the preempted. Where blocks run out the latest arrival is
+preempted, so the earliest always goes on, finishes and frees its blocks.
+
+How large a step may be during replays: it takes `a + b * tokens`. On our machines `a` is about 40 ms and `b`
+0.6 ms, and a step's overhead weighs as much as `a / b` = 67 tokens. Twice that many replay at two thirds of the
+highest rate there is, in steps that take three times as long as a decode alone: 128 tokens, about 120 ms. While
+nobody speaks that is too slow for the last and too fast for the first: then steps start as small as the
+shortest replay and double, which costs the last hardly more than full steps from the start.
 
 Runs in the engine process, on the engine's thread. No torch, no clock, no IO.
 """
@@ -21,7 +31,8 @@ Runs in the engine process, on the engine's thread. No torch, no clock, no IO.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from itertools import takewhile
 
 import msgspec
 
@@ -31,6 +42,8 @@ from anchortp.engine.sequence import Sequence, SequenceState
 from anchortp.errors import ConfigError, EngineFull, RequestError
 
 MIN_REPLAY_TOKENS = 64  # smaller steps cost hardly less time
+REPLAY_CHUNK_TOKENS = 128  # beside decodes; see above
+PREFILL_SHARE = 4  # while others replay, prefills have one part in so many
 
 
 class ScheduledSeq(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
@@ -76,6 +89,9 @@ class Scheduler:
     A batch that a fault cuts off is simply never postprocessed: `schedule` changes who holds which blocks and
     nothing else, so the next call plans the same work again. At most one batch is out at a time.
 
+    `num_replayed_tokens` and `num_recomputed_tokens` count tokens computed a second time, after a KV loss and
+    after a preemption; `num_tokens_to_replay` is how many of the first are still due.
+
     Raises ConfigError if `max_batch_tokens < max_num_seqs`, under which a prefill could starve.
     """
 
@@ -87,6 +103,7 @@ class Scheduler:
         max_batch_tokens: int,
         max_model_len: int,
         max_waiting: int,
+        replay_chunk_tokens: int = REPLAY_CHUNK_TOKENS,
     ):
         if not 1 <= max_num_seqs <= max_batch_tokens:
             raise ConfigError(
@@ -99,14 +116,17 @@ class Scheduler:
         self.max_batch_tokens = max_batch_tokens
         self.max_model_len = max_model_len
         self.max_waiting = max_waiting
+        self.replay_chunk_tokens = replay_chunk_tokens
         self.num_preempted = 0
+        self.num_replayed_tokens = 0
+        self.num_recomputed_tokens = 0
         self._num_arrived = 0
         self._step = 0
         self._running: dict[str, Sequence] = {}
         self._waiting: list[Sequence] = []  # by arrival
         self._failures: list[TokenOutput] = []
         self._in_flight: tuple[Batch, list[Sequence]] | None = None
-        self._budget = max_batch_tokens  # of the next step; smaller for a moment after `on_kv_lost`
+        self._slow_start = max_batch_tokens  # replays' part of a step while nobody decodes
 
     # --- requests come and go ---
 
@@ -142,6 +162,14 @@ class Scheduler:
     def num_running(self) -> int:
         return len(self._running)
 
+    @property
+    def num_tokens_to_replay(self) -> int:
+        """Tokens of running sequences that are to be computed again because of a KV loss.
+
+        Those of a block that several sequences share count for each of them, and are computed once.
+        """
+        return sum(seq.num_tokens_to_replay for seq in self._running.values())
+
     def has_work(self) -> bool:
         return bool(self._running or self._waiting)
 
@@ -151,12 +179,9 @@ class Scheduler:
         """The next step's work; None when no request is left (the last may have failed just now)."""
         self._in_flight = None
         self._grow_running()
-        plan = _Plan(self.pool, num_tokens=self._budget)
         for seq in self._running.values():
             self._skip_cached(seq)
-        for seq in sorted(self._running.values(), key=lambda seq: (seq.num_pending_tokens, seq.arrival)):
-            plan.add(seq)
-        self._admit_waiting(plan)
+        plan = self._plan()
         if not plan.chunks:
             assert not self.has_work(), "there is work, but none could be scheduled"
             return None
@@ -176,7 +201,7 @@ class Scheduler:
         """
         assert self._in_flight is not None and self._in_flight[0].step == batch.step, "not the batch in flight"
         seqs, self._in_flight = self._in_flight[1], None
-        self._budget = min(self.max_batch_tokens, 2 * self._budget)
+        self._slow_start = min(self.max_batch_tokens, 2 * self._slow_start)
         outputs = []
         for entry, seq in zip(batch.seqs, seqs, strict=True):
             if seq.state is not SequenceState.RUNNING:
@@ -188,24 +213,46 @@ class Scheduler:
 
     # --- memory comes and goes ---
 
-    def on_kv_lost(self) -> None:
-        """A part of every block is gone (a device with its KV heads): all running sequences start over.
+    def on_kv_lost(self, whole: Collection[int] = ()) -> None:
+        """Devices are gone with their planes. What had been computed in the blocks `whole` is there all the same.
 
-        They keep their blocks and their tokens. A batch in flight is void.
-
-        All of them replay at once, so a full step would make the shortest wait for the longest. The first step
-        is only as large as the shortest sequence, and each further one may be twice as large: the first answer
-        comes early, and the last hardly later than with full steps.
+        (Kept, or got back from a mirror or a replica.) Every other block lost something: nobody finds it any
+        more, and each running sequence goes on after the longest prefix of its blocks that is whole. It keeps its
+        blocks and its tokens. A batch in flight is void.
         """
-        shortest = min((seq.num_tokens for seq in self._running.values()), default=0)
-        self._budget = min(self.max_batch_tokens, max(shortest, self.max_num_seqs, MIN_REPLAY_TOKENS))
+        whole = frozenset(whole)
         for seq in self._running.values():
-            seq.num_computed_tokens = 0
-        self.pool.invalidate_all()
+            num_whole = sum(1 for _ in takewhile(whole.__contains__, seq.block_ids))
+            seq.set_back(min(seq.num_computed_tokens, num_whole * self.pool.block_size), lost_kv=True)
+        self.pool.keep_only(whole)
         self._in_flight = None
+        replays = [seq.num_pending_tokens for seq in self._running.values() if seq.num_tokens_to_replay]
+        shortest = min(replays, default=self.max_batch_tokens)
+        self._slow_start = min(self.max_batch_tokens, max(shortest, self.max_num_seqs, MIN_REPLAY_TOKENS))
+
+    def resize(self, num_blocks: int) -> list[tuple[int, int]]:
+        """The cache is to have the block ids `[0, num_blocks)`. Returns moves of contents, (from, to).
+
+        Growing moves nothing. When it shrinks, the least recently used go first: cached blocks that nobody
+        holds, then those of running sequences, the latest arrival first, only as many as must; these wait and
+        are replayed on demand. What survives above moves below: the caller has the moves executed, in any order,
+        before the next batch, and may give the memory above back after that. A batch in flight is void then.
+        """
+        if num_blocks >= self.pool.num_blocks:
+            self.pool.grow(num_blocks)
+            return []
+        self._in_flight = None
+        while self.pool.num_held > num_blocks:
+            self._preempt(self._latest())
+        moves = self.pool.compact(num_blocks)
+        to = dict(moves)
+        for seq in self._running.values():
+            seq.block_ids = [to.get(block_id, block_id) for block_id in seq.block_ids]
+        written = self._written()
+        return [move for move in moves if move[1] in written]
 
     def set_num_blocks(self, num_blocks: int) -> None:
-        """The cache now has the block ids `[0, num_blocks)`. Who holds others is preempted.
+        """The cache now has the block ids `[0, num_blocks)`. Who holds others is preempted; nothing moves.
 
         On return no sequence refers to a vanished block, so their memory may be given back.
         """
@@ -253,6 +300,7 @@ class Scheduler:
 
     def _finish(self, seq: Sequence) -> None:
         self._unlink(seq)
+        seq.num_computed_tokens = 0
         seq.state = SequenceState.FINISHED
 
     def _fail(self, seq: Sequence, error: str) -> None:
@@ -274,7 +322,6 @@ class Scheduler:
             self._waiting.remove(seq)
         self.pool.free(seq.block_ids)
         seq.block_ids = []
-        seq.num_computed_tokens = 0
 
     # --- inside: blocks ---
 
@@ -289,14 +336,25 @@ class Scheduler:
         if num_new <= 0 or self._fail_if_too_long(seq):
             return
         while not self.pool.can_allocate(num_new):
-            victim = max(self._running.values(), key=lambda seq: seq.arrival)
+            victim = self._latest()
             self._preempt(victim)
             if victim is seq:
                 return
         seq.block_ids += self.pool.allocate(num_new)
 
+    def _latest(self) -> Sequence:
+        return max(self._running.values(), key=lambda seq: seq.arrival)
+
+    def _written(self) -> set[int]:
+        """Blocks with anything in them that somebody may read."""
+        written = {block_id for block_id, _ in self.pool.sealed()}
+        for seq in self._running.values():
+            written.update(seq.block_ids[: self.pool.num_blocks_for(seq.num_computed_tokens)])
+        return written
+
     def _preempt(self, seq: Sequence) -> None:
         self._unlink(seq)
+        seq.set_back(0, lost_kv=False)
         seq.state = SequenceState.WAITING
         insort(self._waiting, seq, key=lambda seq: seq.arrival)
         self.num_preempted += 1
@@ -313,14 +371,59 @@ class Scheduler:
         return True
 
     def _skip_cached(self, seq: Sequence) -> None:
-        """Skips what another sequence has recomputed in a block that both hold (after `on_kv_lost`)."""
+        """Takes over blocks of its next tokens that somebody else has computed since it was admitted.
+
+        Such as a prefix that two sequences began to compute side by side, or blocks that both hold and lost.
+        """
         block_size = self.pool.block_size
-        stop = (seq.num_computed_tokens // block_size + 1) * block_size
-        while stop < seq.num_tokens and self.pool.is_cached(seq.block_ids[stop // block_size - 1]):
-            seq.num_computed_tokens = stop
-            stop += block_size
+        index = seq.num_computed_tokens // block_size
+        while (index + 1) * block_size < seq.num_tokens:
+            known = self.pool.block_of(seq.block_hashes[index])
+            if known is None:
+                return
+            seq.block_ids[index] = self.pool.exchange(seq.block_ids[index], known)
+            index += 1
+            seq.num_computed_tokens = index * block_size
 
     # --- inside: steps ---
+
+    def _plan(self) -> _Plan:
+        decoding, replaying, prefilling = self._by_kind()
+        plan = _Plan(self.pool, num_tokens=self.max_batch_tokens)
+        plan.add_all(decoding)
+        if not replaying:
+            plan.add_all(prefilling)
+            self._admit_waiting(plan)
+            return plan
+        num_tokens = self._replay_budget(len(decoding), has_prefills=bool(prefilling or self._waiting))
+        num_wanted = sum(seq.num_pending_tokens for seq in replaying)
+        for_prefills = max(num_tokens // PREFILL_SHARE, num_tokens - num_wanted)
+        plan.num_tokens = for_prefills
+        plan.add_all(prefilling)
+        self._admit_waiting(plan)
+        plan.num_tokens += num_tokens - for_prefills
+        plan.add_all(replaying)
+        return plan
+
+    def _by_kind(self) -> tuple[list[Sequence], list[Sequence], list[Sequence]]:
+        """The running sequences that decode, replay and prefill; each list fewest pending tokens first."""
+        decoding, replaying, prefilling = [], [], []
+        for seq in sorted(self._running.values(), key=lambda seq: (seq.num_pending_tokens, seq.arrival)):
+            if seq.num_pending_tokens == 1:
+                decoding.append(seq)
+            elif seq.num_tokens_to_replay:
+                replaying.append(seq)
+            else:
+                prefilling.append(seq)
+        return decoding, replaying, prefilling
+
+    def _replay_budget(self, num_decoding: int, *, has_prefills: bool) -> int:
+        """Tokens of a step for replays and prefills together, at least 1."""
+        if num_decoding:
+            return min(self.replay_chunk_tokens, self.max_batch_tokens - num_decoding)
+        # The prefills' share comes on top, lest it make the first answer wait for another step.
+        extra = self._slow_start // (PREFILL_SHARE - 1) if has_prefills else 0
+        return min(self.max_batch_tokens, self._slow_start + extra)
 
     def _admit_waiting(self, plan: _Plan) -> None:
         while self._waiting and plan.num_tokens > 0 and len(self._running) < self.max_num_seqs:
@@ -354,7 +457,12 @@ class Scheduler:
         extend_block_hashes(seq.block_hashes, seq.token_ids, self.pool.block_size)
         first, last = seq.num_computed_tokens // self.pool.block_size, position // self.pool.block_size
         for index in range(first, last):
-            self.pool.register(seq.block_ids[index], seq.block_hashes[index])
+            seq.block_ids[index] = self.pool.register(seq.block_ids[index], seq.block_hashes[index])
+        num_again = max(0, min(position, seq.num_once_computed) - seq.num_computed_tokens)
+        if seq.lost_kv:
+            self.num_replayed_tokens += num_again
+        else:
+            self.num_recomputed_tokens += num_again
         seq.num_computed_tokens = position
 
     def _emit(self, seq: Sequence, token: SampledToken, eos_token_ids: Collection[int]) -> TokenOutput:
@@ -379,13 +487,20 @@ class Scheduler:
 
 
 class _Plan:
-    """The step being planned: how many tokens each sequence advances, and what of the budget is left."""
+    """The step being planned: how many tokens each sequence advances.
+
+    `num_tokens` is what is left of the budget for those that are being added.
+    """
 
     def __init__(self, pool: BlockPool, *, num_tokens: int):
         self.num_tokens = num_tokens
         self.chunks: list[tuple[Sequence, int]] = []
         self._pool = pool
         self._written: set[int] = set()  # blocks that an entry writes to
+
+    def add_all(self, seqs: Iterable[Sequence]) -> None:
+        for seq in seqs:
+            self.add(seq)
 
     def add(self, seq: Sequence) -> None:
         """Gives the sequence as many of its pending tokens as the budget and the other entries allow."""
@@ -400,7 +515,7 @@ class _Plan:
         """Stops before a block that another entry writes or wrote, and marks those before it as written.
 
         Only after `on_kv_lost` do sequences share blocks that are not computed. One of them computes such a
-        block; the others find it done in a later step (`_skip_cached`) and never write over what is shared.
+        block; the others take it over in a later step (`_skip_cached`) and never write over what is shared.
         """
         start, block_size = seq.num_computed_tokens, self._pool.block_size
         for index in range(start // block_size, self._pool.num_blocks_for(start + num_tokens)):

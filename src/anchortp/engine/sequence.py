@@ -34,6 +34,8 @@ class Sequence:
     `block_ids`            block table: position p is in slot p % block_size of block_ids[p // block_size]
     `block_hashes`         chained hashes of the full blocks of `token_ids`; they outlive the blocks
     `arrival`              order of arrival, a counter; the tie-breaker of every decision
+    `num_once_computed`    how many of them had been computed when the sequence was last set back, or 0
+    `lost_kv`              whether a lost KV plane set it back last, rather than a preemption
     `num_cached_tokens`    prompt tokens found in the prefix cache at the first admission; None before it
     """
 
@@ -43,6 +45,8 @@ class Sequence:
     seed: int
     token_ids: list[int]
     num_computed_tokens: int = 0
+    num_once_computed: int = 0
+    lost_kv: bool = False
     num_cached_tokens: int | None = None
     block_ids: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
@@ -74,6 +78,19 @@ class Sequence:
     def num_pending_tokens(self) -> int:
         """Tokens to compute before the next one can be sampled: 1 in decode, more in prefill and replay."""
         return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def num_tokens_to_replay(self) -> int:
+        """Those of the pending tokens that had been computed before a KV plane was lost."""
+        return max(0, self.num_once_computed - self.num_computed_tokens) if self.lost_kv else 0
+
+    def set_back(self, num_computed_tokens: int, *, lost_kv: bool) -> None:
+        """Tokens from `num_computed_tokens` on are to be computed again."""
+        assert num_computed_tokens <= self.num_computed_tokens, (num_computed_tokens, self.num_computed_tokens)
+        if num_computed_tokens < self.num_computed_tokens:
+            self.num_once_computed = max(self.num_once_computed, self.num_computed_tokens)
+            self.num_computed_tokens = num_computed_tokens
+            self.lost_kv = lost_kv
 
 
 def seed_of(request: EngineRequest) -> int:

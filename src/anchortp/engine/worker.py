@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,15 +23,20 @@ from anchortp.comm import GlooGroup, Group, ShmGroup, ShmRegion
 from anchortp.config import load_model_config
 from anchortp.engine import messages as m
 from anchortp.engine.faults import FaultProbe
+from anchortp.engine.kv_blocks import KVBlocks
+from anchortp.engine.mirror_addresses import HOST, MIRROR_ARENA
 from anchortp.engine.sampler import Sampler
 from anchortp.errors import (
     AnchorTPError,
     ChannelClosed,
     CheckpointError,
     GroupAborted,
+    StateError,
+    WireError,
 )
 from anchortp.layout import (
     FAMILIES,
+    KV,
     KVAddresses,
     Layout,
     ModelUnits,
@@ -49,6 +54,7 @@ WEIGHTS_ARENA, KV_ARENA = "weights", "kv"
 IDLE_TIMEOUT_S = 1e6  # an idle worker waits; it dies with the controller (PR_SET_PDEATHSIG)
 # The controller notices a missing peer long before, by pidfd or by the step deadline, and raises the abort flag.
 GROUP_TIMEOUT_S = 600.0
+ANCHOR_TIMEOUT_S = 5.0  # shorter than the controller waits for a worker to leave an epoch
 PROGRESS_EVERY_S = 0.05
 
 
@@ -101,6 +107,8 @@ class Worker:
         self._region: ShmRegion | None = None
         self._group: Group | None = None
         self._decoder: Decoder | None = None
+        self._kv_heads: tuple[int, ...] = ()
+        self._mapped_mirror: tuple[str, torch.Tensor] | None = None
         self._sampler = Sampler()
 
     def serve(self) -> None:
@@ -110,6 +118,9 @@ class Worker:
             m.LoadUnits: self._load,
             m.FormGroup: self._form,
             m.RunStep: self._run_step,
+            m.MoveBlocks: self._move_blocks,
+            m.RestorePlanes: self._restore_planes,
+            m.SaveBlocks: self._save_blocks,
             m.HandOver: self._hand_over,
         }
         while True:
@@ -129,7 +140,7 @@ class Worker:
         # One Hugging Face folder, two dtypes: the order says which one the arenas hold.
         config = load_model_config(order.model_folder, order.dtype)
         units = model_units(config)
-        anchor = AnchorClient.connect(order.runtime_dir, order.device, role="worker")
+        anchor = _connect_anchor(order)
         anchor.lease(order.epoch)
         self._epoch = order.epoch
         probe = FaultProbe(order.strikes, order.runtime_dir, lambda kind: _inject(order, kind))
@@ -150,8 +161,8 @@ class Worker:
         a.probe.at("leave")
         self._epoch = order.epoch
         self._dissolve()
-        # Without an anchor (it crashed) there is no lease to renew: HandOver follows.
-        if not a.anchor.is_gone():
+        # Without an anchor (it crashed, or is stuck) there is no lease to renew: HandOver follows.
+        with contextlib.suppress(WireError):
             a.anchor.lease(order.epoch)
         self._channel.send(m.EpochLeft(epoch=order.epoch))
 
@@ -165,7 +176,7 @@ class Worker:
             self._channel.send(m.HandedOver(ok=False, reason=reason))
             return
         try:
-            a.anchor = AnchorClient.connect(a.order.runtime_dir, a.device, role="worker")
+            a.anchor = _connect_anchor(a.order)
             a.anchor.lease(order.epoch)
             for name, (arena, _) in self._arenas.items():
                 a.anchor.adopt_arena(arena, order.ranges.get(name, ()), order.epoch)
@@ -210,6 +221,67 @@ class Worker:
         seconds = time.monotonic() - began_s
         self._channel.send(m.LoadDone(epoch=order.epoch, num_bytes=num_bytes, seconds=seconds))
 
+    # ------------------------------------------------------------------------------------- the cache's blocks
+
+    def _move_blocks(self, order: m.MoveBlocks) -> None:
+        if order.epoch == self._epoch:
+            self._blocks(order.heads).move(order.pairs)
+            self._channel.send(m.BlocksMoved(epoch=order.epoch))
+
+    def _restore_planes(self, order: m.RestorePlanes) -> None:
+        """Fills planes that are new here. Nobody computes meanwhile, so no source changes under the copy."""
+        if order.epoch != self._epoch:
+            return
+        a = self._assigned()
+        a.probe.at("restore")
+        blocks = self._blocks(order.kv_heads[a.device])
+        copied = restored = 0
+        try:
+            for head, device in order.from_peers:
+                with self._opened(device, KV_ARENA) as arena:
+                    peer = torch.frombuffer(arena.map(), dtype=torch.uint8)
+                copied += blocks.copy_from(peer, tuple(order.kv_heads[device]), order.blocks, [head])
+            if order.from_mirror and order.pairs:
+                mirror = self._mirror(order.mirror_id)
+                restored = blocks.restore(mirror, order.pairs, order.from_mirror)
+        except (StateError, WireError) as error:
+            self._channel.send(m.PlanesRestored(epoch=order.epoch, ok=False, reason=str(error)))
+            return
+        done = m.PlanesRestored(epoch=order.epoch, ok=True, copied_bytes=copied, restored_bytes=restored)
+        self._channel.send(done)
+
+    def _save_blocks(self, order: m.SaveBlocks) -> None:
+        """Runs between two steps: what the next one overwrites has been copied by then."""
+        if order.epoch != self._epoch:
+            return
+        a = self._assigned()
+        a.probe.at("save")
+        try:
+            self._blocks(self._kv_heads).save(self._mirror(order.mirror_id), order.pairs, order.heads)
+        except (StateError, WireError):
+            self._channel.send(m.BlocksSaved(ticket=order.ticket, ok=False))
+            return
+        self._channel.send(m.BlocksSaved(ticket=order.ticket, ok=True))
+
+    def _blocks(self, heads: Sequence[int]) -> KVBlocks:
+        return KVBlocks(self._mapped(KV_ARENA), self._assigned().kv, tuple(heads))
+
+    def _mirror(self, mirror_id: str) -> torch.Tensor:
+        """The host's mirror, all of it. Raises StateError if the host anchor is another one by now."""
+        if self._mapped_mirror is None or self._mapped_mirror[0] != mirror_id:
+            self._mapped_mirror = None
+            with self._opened(HOST, MIRROR_ARENA, mirror_id) as arena:
+                self._mapped_mirror = (mirror_id, torch.frombuffer(arena.map(), dtype=torch.uint8))
+        return self._mapped_mirror[1]
+
+    def _opened(self, device: str, name: str, anchor_id: str | None = None) -> MemfdArena:
+        """An arena of another anchor; a mapping of it outlives the arena object."""
+        order = self._assigned().order
+        with AnchorClient.connect(order.runtime_dir, device, role="tool", timeout_s=ANCHOR_TIMEOUT_S) as client:
+            if anchor_id is not None and client.welcome.anchor_id != anchor_id:
+                raise StateError(f"the anchor of {device} was replaced; what it held is gone")
+            return client.open_arena(name, self._epoch)
+
     # ------------------------------------------------------------------------------------------- serving
 
     def _form(self, order: m.FormGroup, region_fd: int) -> None:
@@ -229,6 +301,7 @@ class Worker:
         except GroupAborted:
             return
         shard = layout[a.device]
+        self._kv_heads = shard[KV]
         weights = WeightViews(self._mapped(WEIGHTS_ARENA), a.weights, shard)
         kv_cache = KVCache(self._mapped(KV_ARENA), a.kv, shard)
         if self._decoder is None:
@@ -324,6 +397,10 @@ class _Progress:
         if now_s >= self._next_s:
             self._next_s = now_s + PROGRESS_EVERY_S
             self._channel.send(m.LoadProgress(epoch=self._epoch, num_bytes=self._num_bytes, total_bytes=self._total))
+
+
+def _connect_anchor(order: m.Assign) -> AnchorClient:
+    return AnchorClient.connect(order.runtime_dir, order.device, role="worker", timeout_s=ANCHOR_TIMEOUT_S)
 
 
 def _inject(order: m.Assign, kind: str) -> None:

@@ -8,7 +8,8 @@
      raises the epoch and ────────┘                                                    │ all Attached
      begins again from here                              plan: nothing fits ─► refusing│
                                                                                        ▼
-  serving ◄── all Formed ── forming ◄── all Loaded ── loading ◄── Reserved ── reserving
+  serving ◄─ forming ◄─ restoring ◄─ loading ◄──── Reserved ──── reserving ◄──── compacting
+     all Formed   all Restored   all Loaded                             (where KV has to shrink)
 ```
 
 `layout` always says what is whole in the devices' arenas, so a second fault in the middle of a recovery plans
@@ -44,19 +45,25 @@ from anchortp.recovery.events import (
     Attached,
     CensusTaken,
     Command,
+    Compact,
+    Compacted,
     Drop,
     Event,
     Fence,
     Form,
     Formed,
+    KVState,
     Leave,
     Left,
     Load,
     Loaded,
     LoadFailed,
+    PlaneSource,
     Refuse,
     Reserve,
     Reserved,
+    Restore,
+    Restored,
     Resume,
     Start,
     TakeCensus,
@@ -67,7 +74,8 @@ from anchortp.recovery.events import (
 from anchortp.recovery.story import Episode, Line
 
 IDLE, LEAVING, CENSUS, ADOPTING, ATTACHING = "idle", "leaving", "census", "adopting", "attaching"
-RESERVING, LOADING, FORMING, SERVING, REFUSING = "reserving", "loading", "forming", "serving", "refusing"
+COMPACTING, RESERVING, LOADING, RESTORING = "compacting", "reserving", "loading", "restoring"
+FORMING, SERVING, REFUSING = "forming", "serving", "refusing"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +84,7 @@ class RecoveryConfig:
 
     `kv_blocks`: blocks of `kv_block_size` tokens that are wanted; `min_kv_blocks`: fewer are not worth serving.
     `max_failures`: a device whose worker dies that often without the engine serving in between is given up.
-    `load_bytes_per_s`: a load slower than this counts as hung.
+    `load_bytes_per_s`: a load slower than this counts as hung. `kv_mirror`: the host keeps copies of KV blocks.
     """
 
     kv_block_size: int
@@ -89,6 +97,7 @@ class RecoveryConfig:
     load_bytes_per_s: float = 20e6
     form_timeout_s: float = 30.0
     max_failures: int = 3
+    kv_mirror: bool = False
 
 
 @dataclass(slots=True, kw_only=True)
@@ -99,6 +108,7 @@ class _Device:
     has_anchor: bool = True
     has_worker: bool = False
     failures: int = 0
+    planes: frozenset[int] = frozenset()  # KV heads whose planes are as good as `Coordinator._kv` says
 
 
 class Coordinator:
@@ -119,8 +129,10 @@ class Coordinator:
         self.log: list[tuple[float, Event]] = []
         self._devices: dict[str, _Device] = {}
         self._waiting: set[str] = set()
+        self._plan_made: Plan | None = None
         self._target: Layout | None = None
-        self._kv_intact = False
+        self._kv = KVState.lost
+        self._kv_sources: set[str] = set()  # devices that planes are copied from in this episode
         self._missing: set[tuple[str, int]] = set()
         self._commands: list[Command] = []
         self._now = 0.0
@@ -190,6 +202,10 @@ class Coordinator:
         }
         self._begin_episode("start")
         self._forget_lopsided_state()
+        if event.num_kv_blocks:
+            self._kv, self.num_kv_blocks = KVState.whole, event.num_kv_blocks
+            for device in self._devices.values():
+                device.planes = frozenset(device.shard[KV])
         self._missing = self._missing_units()
         self._take_census()
 
@@ -292,7 +308,7 @@ class Coordinator:
         for name, shard in to_load:
             device = self._devices[name]
             self._do(Load(device=name, epoch=self.epoch, before=device.shard, after=shard, fresh=device.fresh))
-        self._await(LOADING, [name for name, _ in to_load], timeout, self._form)
+        self._await(LOADING, [name for name, _ in to_load], timeout, self._restore)
 
     def _on_loaded(self, event: Loaded) -> None:
         """A fact whatever the epoch: the bytes of the load that was asked for are in the arena."""
@@ -310,11 +326,31 @@ class Coordinator:
         device.shard, device.fresh = after, False
         if self.phase == LOADING and event.epoch == self.epoch:
             self._say(f"{event.device} loaded {event.num_bytes} bytes")
-            self._arrived(event.device, self._form)
+            self._arrived(event.device, self._restore)
 
     def _on_load_failed(self, event: LoadFailed) -> None:
         if self.phase == LOADING and event.epoch == self.epoch:
             self._refuse(f"{event.device} could not load its weights: {event.reason}")
+
+    def _on_compacted(self, event: Compacted) -> None:
+        if self.phase == COMPACTING and event.epoch == self.epoch:
+            self._arrived(event.device, self._reserve)
+
+    def _on_restored(self, event: Restored) -> None:
+        """Good for as long as the engine does not serve: nobody writes to the cache in the meantime."""
+        device = self._devices.get(event.device)
+        if device is None or self._target is None or event.device not in self._target.devices:
+            return
+        episode = self.episodes[-1]
+        episode.kv_copied_bytes += event.copied_bytes
+        episode.kv_restored_bytes += event.restored_bytes
+        if event.ok:
+            device.planes = frozenset(self._target[event.device][KV])
+        else:
+            self._kv = KVState.lost
+            self._say(f"{event.device} could not restore its KV planes")
+        if self.phase == RESTORING and event.epoch == self.epoch:
+            self._arrived(event.device, self._form)
 
     def _on_formed(self, event: Formed) -> None:
         if self.phase == FORMING and event.epoch == self.epoch:
@@ -340,6 +376,8 @@ class Coordinator:
             if not self._waiting:
                 self._take_census()
         elif self.phase not in (CENSUS, REFUSING):
+            if self.phase == COMPACTING:
+                self._kv = KVState.lost  # some devices have moved their blocks and others have not
             self._raise_epoch()
 
     def _raise_epoch(self) -> None:
@@ -379,19 +417,60 @@ class Coordinator:
         episode.replica_bytes += plan.replica_bytes
         for reason in plan.reasons:
             self._say(reason)
-        if any(move.family == KV for move in plan.moves):
-            self._kv_intact = False
-        if blocks < self.num_kv_blocks:
-            self._say(f"KV cache shrinks from {self.num_kv_blocks} to {blocks} blocks to make room for weights")
-        unchanged = not plan.moves and blocks == self.num_kv_blocks and not self._any_fresh()
-        self.num_kv_blocks = blocks
-        self._target = plan.after
-        if unchanged:
-            self._form()
-            return
+        self._plan_made, self._target = plan, plan.after
+        self._find_kv_sources()
+        before, self.num_kv_blocks = self.num_kv_blocks, blocks
+        if blocks < before:
+            self._say(f"KV cache shrinks from {before} to {blocks} blocks to make room for weights")
+        if not plan.moves and blocks == before and not self._any_fresh():
+            self._restore()
+        elif blocks < before and self._kv is not KVState.lost:
+            holders = tuple(name for name, device in self._devices.items() if device.planes)
+            self._await(COMPACTING, list(holders), self.config.load_timeout_s, self._reserve)
+            self._do(Compact(epoch=self.epoch, num_kv_blocks=blocks, devices=holders))
+        else:
+            self._reserve()
+
+    def _reserve(self) -> None:
+        assert self._plan_made is not None
         self._enter(RESERVING)
         fresh = tuple(name for name, device in self._devices.items() if device.fresh)
-        self._do(Reserve(epoch=self.epoch, plan=plan, num_kv_blocks=blocks, fresh=fresh))
+        self._do(Reserve(epoch=self.epoch, plan=self._plan_made, num_kv_blocks=self.num_kv_blocks, fresh=fresh))
+
+    def _new_planes(self) -> dict[str, tuple[PlaneSource, ...]]:
+        """Per device the KV heads whose planes it lacks, and the first device that has them."""
+        assert self._target is not None
+        result = {}
+        for shard in self._target.shards:
+            missing = [head for head in shard[KV] if head not in self._devices[shard.device].planes]
+            if missing:
+                result[shard.device] = tuple(
+                    PlaneSource(head=head, device=next((n for n, d in self._devices.items() if head in d.planes), None))
+                    for head in missing
+                )
+        return result
+
+    def _find_kv_sources(self) -> None:
+        """What will be left of the cache: a plane that no device holds comes from the mirror, or not at all."""
+        orphans = {p.head for planes in self._new_planes().values() for p in planes if p.device is None}
+        if not orphans or self._kv is KVState.lost:
+            return
+        heads = ", ".join(map(str, sorted(orphans)))
+        if self.config.kv_mirror:
+            self._kv = KVState.mirrored
+            self._say(f"KV head(s) {heads} had no other holder: their planes come from the host's mirror")
+        else:
+            self._kv = KVState.lost
+            self._say(f"KV head(s) {heads} had no other holder and there is no mirror: sequences replay")
+
+    def _restore(self) -> None:
+        """Planes that are new on a device are copied from one that has them, or from the mirror."""
+        assert self._target is not None
+        new = {} if self._kv is KVState.lost else self._new_planes()
+        self._kv_sources |= {plane.device for planes in new.values() for plane in planes if plane.device}
+        self._await(RESTORING, list(new), self.config.load_timeout_s, self._form)
+        for name, planes in new.items():
+            self._do(Restore(device=name, epoch=self.epoch, planes=planes, layout=self._target))
 
     def _make_plan(self) -> Plan:
         if not self._devices:
@@ -408,12 +487,15 @@ class Coordinator:
     def _serve(self) -> None:
         self._enter(SERVING)
         episode = self.episodes[-1]
-        episode.kv_intact, episode.ended_s, episode.outcome = self._kv_intact, self._now, "serving"
+        episode.kv, episode.ended_s, episode.outcome = self._kv.value, self._now, "serving"
+        self._say(_KV_WORDS[self._kv])
+        self._do(Resume(epoch=self.epoch, kv=self._kv, num_kv_blocks=self.num_kv_blocks))
+        self._kv_sources = set()
+        # From here on whatever the cache is said to hold is written by this group, to every plane.
+        self._kv = KVState.whole
         for device in self._devices.values():
             device.failures = 0
-        self._say("KV planes are whole" if self._kv_intact else "KV planes are missing: sequences replay")
-        self._do(Resume(epoch=self.epoch, kv_intact=self._kv_intact, num_kv_blocks=self.num_kv_blocks))
-        self._kv_intact = True
+            device.planes = frozenset(device.shard[KV])
 
     def _refuse(self, reason: str) -> None:
         self._enter(REFUSING)
@@ -464,6 +546,9 @@ class Coordinator:
         self._waiting.discard(name)
         self.episodes[-1].devices_lost.append(name)
         self._say(f"{name} is lost: {reason}")
+        if name in self._kv_sources:
+            self._kv = KVState.lost
+            self._say(f"KV planes that were being copied from {name} cannot be trusted: sequences replay")
         self._do(Drop(device=name, reason=reason))
 
     def _missing_units(self) -> set[tuple[str, int]]:
@@ -522,7 +607,13 @@ class Coordinator:
             device.shard, device.fresh = empty_shard(name), True
 
 
-_TIMED = (LEAVING, ADOPTING, ATTACHING, LOADING, FORMING)
+_TIMED = (LEAVING, ADOPTING, ATTACHING, COMPACTING, LOADING, RESTORING, FORMING)
+
+_KV_WORDS = {
+    KVState.whole: "KV planes are whole",
+    KVState.mirrored: "KV planes are whole where the mirror had them: the newest tokens replay",
+    KVState.lost: "KV planes are missing: sequences replay",
+}
 
 _HANDLERS: dict[type, Callable[[Coordinator, Any], None]] = {
     Start: Coordinator._on_start,
@@ -536,6 +627,8 @@ _HANDLERS: dict[type, Callable[[Coordinator, Any], None]] = {
     Reserved: Coordinator._on_reserved,
     Loaded: Coordinator._on_loaded,
     LoadFailed: Coordinator._on_load_failed,
+    Compacted: Coordinator._on_compacted,
+    Restored: Coordinator._on_restored,
     Formed: Coordinator._on_formed,
     Tick: Coordinator._on_tick,
 }

@@ -7,6 +7,7 @@ that carry the epoch of a group that is gone are dropped, except for the facts i
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from anchortp.layout import Layout, Shard
 from anchortp.plan import Plan
@@ -25,10 +26,14 @@ class DeviceFound:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """The engine starts (or attaches) on these devices, in rank order, at an epoch above all earlier ones."""
+    """The engine starts (or attaches) on these devices, in rank order, at an epoch above all earlier ones.
+
+    `num_kv_blocks`: of the KV planes that an earlier engine left whole beside the shards; 0 if there are none.
+    """
 
     devices: tuple[DeviceFound, ...]
     epoch: int
+    num_kv_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +119,25 @@ class LoadFailed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Compacted:
+    """Answer to `Compact`, one per device with KV planes."""
+
+    device: str
+    epoch: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """Answer to `Restore`: the planes hold what their sources had (`ok`), or they could not be read."""
+
+    device: str
+    epoch: int
+    ok: bool
+    copied_bytes: int = 0
+    restored_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Formed:
     """Answer to `Form`, one per member."""
 
@@ -138,11 +162,25 @@ Event = (
     | Reserved
     | Loaded
     | LoadFailed
+    | Compacted
+    | Restored
     | Formed
     | Tick
 )
 
 # ----------------------------------------------------------------------------------------------- commands
+
+
+class KVState(StrEnum):
+    """What is left of the KV cache, from best to worst.
+
+    whole: every plane is where it was, or was copied from a device that held it. mirrored: the blocks that were
+    whole in the host's mirror are; tokens in others replay. lost: all sequences replay all their tokens.
+    """
+
+    whole = "whole"
+    mirrored = "mirrored"
+    lost = "lost"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -206,6 +244,36 @@ class Reserve:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Compact:
+    """Keep the most recently used KV within the first `num_kv_blocks` blocks, before the rest is given back.
+
+    Each of `devices` answers `Compacted` when it has moved its blocks.
+    """
+
+    epoch: int
+    num_kv_blocks: int
+    devices: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaneSource:
+    """Where the planes of one KV head (all layers) come from: a device that holds them, or the host's mirror."""
+
+    head: int
+    device: str | None  # None: the mirror, which has the blocks that were sealed and copied in time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restore:
+    """Fill the planes of the KV heads that are new on `device`. `layout` is the one being formed."""
+
+    device: str
+    epoch: int
+    planes: tuple[PlaneSource, ...]
+    layout: Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
     """Fill the slots that `after` has beyond `before`. Answered by `Loaded`, `LoadFailed` or `WorkerGone`.
 
@@ -238,10 +306,10 @@ class Drop:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resume:
-    """Serve. `kv_intact`: every KV plane is where it was; else all sequences replay their tokens."""
+    """Serve. `kv`: how much of the cache has all its planes, see `KVState`."""
 
     epoch: int
-    kv_intact: bool
+    kv: KVState
     num_kv_blocks: int
 
 

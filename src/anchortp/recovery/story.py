@@ -21,7 +21,8 @@ class Episode:
     """From a fault (or the start) until the engine serves again or refuses; further faults extend it.
 
     Bytes: `lost` the last copies that vanished, `replica` further KV copies that the new cut needs, `loaded`
-    what really came from the host, `copied` between devices.
+    what of the weights really came from the host, `copied` between devices. `kv_copied`, `kv_restored`: KV planes
+    that came from another device, and from the host's mirror. `kv`: what was left of the cache (`KVState`).
     """
 
     began_s: float
@@ -34,7 +35,9 @@ class Episode:
     replicated_bytes: int = 0
     loaded_bytes: int = 0
     copied_bytes: int = 0
-    kv_intact: bool = True
+    kv: str = "whole"
+    kv_copied_bytes: int = 0
+    kv_restored_bytes: int = 0
     phases: list[tuple[str, float]] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
     ended_s: float | None = None
@@ -65,8 +68,10 @@ class Episode:
                 "replicated": self.replicated_bytes,
                 "loaded": self.loaded_bytes,
                 "copied": self.copied_bytes,
+                "kv_copied": self.kv_copied_bytes,
+                "kv_restored": self.kv_restored_bytes,
             },
-            "kv_intact": self.kv_intact,
+            "kv": self.kv,
             "phases": self.phase_seconds(),
             "timeline": [
                 {"at_s": line.at_s - self.began_s, "epoch": line.epoch, "phase": line.phase, "text": line.text}
