@@ -243,8 +243,7 @@ def show(result: dict[str, Any]) -> None:
             out.print(
                 f"{system}: median ms per phase: {phases}; per victim, TFS in ms: "
                 + ", ".join(
-                    f"{run['victim']} {1e3 * run['tfs_s']:.0f} (KV {run['kv']})"
-                    for run in result["runs"][system]
+                    f"{run['victim']} {1e3 * run['tfs_s']:.0f} (KV {run['kv']})" for run in result["runs"][system]
                 )
             )
     if "restart_over_lost" in summary:

@@ -27,10 +27,12 @@ class Stream:
     """One streaming request and what came of it. Times are CLOCK_MONOTONIC, which all processes share."""
 
     body: dict[str, Any]
+    path: str = "/v1/chat/completions"
     text: str = ""
     times_s: list[float] = field(default_factory=list)  # one per piece of text
     finish_reason: str | None = None
     num_tokens: int = 0
+    num_cached_tokens: int = 0
     error: str = ""
 
     @property
@@ -44,7 +46,7 @@ class Stream:
         """Sends the request and takes in the answer; errors end up in `error`."""
         body = self.body | {"stream": True, "stream_options": {"include_usage": True}}
         try:
-            async with client.stream("POST", "/v1/chat/completions", json=body) as answer:
+            async with client.stream("POST", self.path, json=body) as answer:
                 if answer.status_code != 200:
                     self.error = (await answer.aread()).decode(errors="replace")
                     return
@@ -60,8 +62,9 @@ class Stream:
             return
         if event.get("usage"):
             self.num_tokens = event["usage"]["completion_tokens"]
+            self.num_cached_tokens = event["usage"]["prompt_tokens_details"]["cached_tokens"]
         for choice in event.get("choices", ()):
-            piece = choice["delta"].get("content")
+            piece = choice["text"] if "text" in choice else choice["delta"].get("content")
             if piece:
                 self.text += piece
                 self.times_s.append(time.monotonic())

@@ -188,6 +188,7 @@ class ElasticEngine:
                 if self.recovery.phase == SERVING and self.scheduler.has_work():
                     self.step()
                 else:
+                    self._publish_if_due()
                     self._pump(self._idle_timeout())
         except BaseException as error:
             log.exception("the engine failed")
@@ -208,8 +209,10 @@ class ElasticEngine:
             return
         self._deliver(self.scheduler.postprocess(batch, answer.sampled, self.config.model.eos_token_ids))
         self._keeper.save_sealed(self.recovery.layout, self.recovery.epoch)
-        if time.monotonic() >= self._publish_due_s:
-            self._publish()
+        if self.scheduler.has_work():
+            self._publish_if_due()
+        else:
+            self._publish()  # what an idle engine shows is how its last step left it
 
     def _run(self, batch: Batch) -> m.StepDone:
         """Sends the batch to every worker and waits for rank 0. Raises _StepCut when a fault comes first."""
@@ -331,6 +334,7 @@ class ElasticEngine:
     def _on_anchor_gone(self, device: str) -> None:
         if device == HOST:
             self._keeper.host_gone()
+            self._save_while_idle()
         else:
             self._handle(ev.AnchorGone(device=device))
 
@@ -545,7 +549,13 @@ class ElasticEngine:
 
     def _resume(self, command: ev.Resume) -> None:
         self._keeper.resume(command)
+        self._save_while_idle()
         self._ready.set()
+
+    def _save_while_idle(self) -> None:
+        """Orders the copies that otherwise follow the next step: the mirror does not wait for somebody to speak."""
+        if self.recovery.phase == SERVING and not self.scheduler.has_work():
+            self._keeper.save_sealed(self.recovery.layout, self.recovery.epoch)
 
     def _planes_restored(self, device: str, answer: m.PlanesRestored) -> None:
         if not answer.ok:
@@ -626,6 +636,10 @@ class ElasticEngine:
             log.info("epoch %d, %s: %s", line.epoch, line.phase, line.text)
         self._story_lines = len(lines)
 
+    def _publish_if_due(self) -> None:
+        if time.monotonic() >= self._publish_due_s:
+            self._publish()
+
     def _publish(self, state: str | None = None) -> None:
         """Replaces the snapshot that `status` returns; other threads read it without a lock."""
         recovery = self.recovery
@@ -652,6 +666,8 @@ class ElasticEngine:
                 "blocks_evicted": self.pool.num_evicted_blocks,
                 "queried_tokens": self.pool.num_queried_tokens,
                 "hit_tokens": self.pool.num_hit_tokens,
+                "replayed_tokens": self.scheduler.num_replayed_tokens,
+                "recomputed_tokens": self.scheduler.num_recomputed_tokens,
                 **(self._keeper.counts() if self._keeper is not None else {}),
             },
             "counters": dict(self._counters),

@@ -54,7 +54,8 @@ class KVKeeper:
         self._index: KVIndex | None = None
         self._tickets: dict[int, tuple[set[str], list[int]]] = {}  # who has yet to answer, and the slots
         self._last_ticket = 0
-        self._restored: set[int] = set()  # blocks whose planes the mirror gives back in this recovery
+        self._restored: set[bytes] = set()  # contents whose planes the mirror gives back in this recovery
+        self._epoch = NOT_WHOLE  # for which the cache is what the index says
 
     # ----------------------------------------------------------------------------------- opening the host anchor
 
@@ -66,7 +67,7 @@ class KVKeeper:
         mirror_bytes = 0
         if self._mirror is not None:
             mirror_bytes = MirrorAddresses(kv=self._plane.kv, num_slots=config.kv_mirror_slots).reserved_bytes
-        client = self._plane.open_host(HOST, index_bytes + mirror_bytes)
+        client = self._plane.open_host(HOST, index_bytes + mirror_bytes, keep=INDEX_ARENA)
         with self._plane.host_arena(HOST, INDEX_ARENA, index_bytes, keep=True) as arena:
             memory = memoryview(arena.map())
         model = bytes.fromhex(self._fingerprint)
@@ -92,7 +93,7 @@ class KVKeeper:
 
     def host_gone(self) -> None:
         """The host anchor crashed: a new one, an empty mirror, and the index written again."""
-        self.fault()
+        self._tickets.clear()
         if self._mirror is not None:
             self._mirror.clear()
         self._close_index()
@@ -108,6 +109,7 @@ class KVKeeper:
         sealed = self._pool.sealed()
         for block_id, block_hash in sealed:
             self._index.put(block_id, block_hash)
+        self._index.set_epoch(self._epoch)
         self._pool.offer(block_hash for _, block_hash in sealed)
 
     def close(self) -> None:
@@ -169,13 +171,14 @@ class KVKeeper:
     # --------------------------------------------------------------------------------------- during a recovery
 
     def fault(self) -> None:
-        """The group is gone: copies that were not answered are void, and made again if their blocks last."""
+        """The group is gone: copies that were not answered are void, and made again if their blocks last.
+
+        What was restored so far stays restored: nobody writes to the cache until the engine serves again.
+        """
         self._tickets.clear()
-        self._restored = set()
         if self._mirror is not None:
             self._pool.offer(self._mirror.abandon())
-        if self._index is not None:
-            self._index.set_epoch(NOT_WHOLE)
+        self._set_epoch(NOT_WHOLE)
 
     def compact(self, command: ev.Compact, layout: Layout) -> None:
         pairs = self._scheduler.resize(command.num_kv_blocks)
@@ -187,7 +190,9 @@ class KVKeeper:
         from_mirror = [plane.head for plane in command.planes if plane.device is None]
         pairs = self._mirrored_blocks() if from_mirror else []
         if from_mirror:
-            self._restored = {block_id for block_id, _ in pairs}
+            # A later order of the same recovery finds no more than an earlier one: both only lose contents.
+            slots = dict(pairs)
+            self._restored = {content for block_id, content in self._pool.sealed() if block_id in slots}
         order = m.RestorePlanes(
             epoch=command.epoch,
             kv_heads={shard.device: list(shard[KV]) for shard in command.layout.shards},
@@ -210,10 +215,16 @@ class KVKeeper:
         if command.kv is ev.KVState.lost:
             self._scheduler.on_kv_lost()
         elif command.kv is ev.KVState.mirrored:
-            self._scheduler.on_kv_lost(whole=self._restored)
+            found = map(self._pool.block_of, self._restored)
+            self._scheduler.on_kv_lost(whole={block_id for block_id in found if block_id is not None})
+        self._restored = set()
         self._scheduler.resize(command.num_kv_blocks)
+        self._set_epoch(command.epoch)
+
+    def _set_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
         if self._index is not None:
-            self._index.set_epoch(command.epoch)
+            self._index.set_epoch(epoch)
 
     # --------------------------------------------------------------------------------------------- reporting
 

@@ -211,10 +211,23 @@ class StatePlane:
 
     # --------------------------------------------------------------------------------------- the host's anchor
 
-    def open_host(self, host: str, budget_bytes: int) -> AnchorClient:
-        """Connects to the host's anchor, starting one with `budget_bytes` (and page rounding) if there is none."""
-        self.ensure_anchor(host, budget_bytes + HOST_SLACK_BYTES)
-        return self._connect(host)
+    def open_host(self, host: str, budget_bytes: int, keep: str) -> AnchorClient:
+        """Connects to the host's anchor, starting one with `budget_bytes` (and page rounding) if there is none.
+
+        Of what an earlier engine left there only the arena `keep` stays. If that engine started the anchor, with
+        less memory than this one needs, another anchor takes its place.
+        """
+        budget_bytes += HOST_SLACK_BYTES
+        self.ensure_anchor(host, budget_bytes)
+        client = self._connect(host)
+        if client.welcome.budget_bytes < budget_bytes and self._ours.includes(host, client.welcome.pid):
+            self._shutdown(host)
+            self.ensure_anchor(host, budget_bytes)
+            client = self._connect(host)
+        for arena in client.status().arenas:
+            if arena.name != keep:
+                client.drop_arena(arena.name, client.welcome.epoch)
+        return client
 
     def host_arena(self, host: str, name: str, num_bytes: int, *, keep: bool) -> MemfdArena:
         """An arena of the host's anchor, all of it committed. `keep`: the one of an earlier engine, if it has this
@@ -383,7 +396,7 @@ class StatePlane:
     def close(self, *, stop_anchors: bool) -> None:
         """Ends the connections. `stop_anchors`: also the anchors that an engine (not a person) started."""
         if stop_anchors:
-            for device in self._config.devices:
+            for device in dict.fromkeys([*self._config.devices, *self._clients]):  # the host's anchor too
                 self.stop_started(device)
         self._reap(STOP_TIMEOUT_S)
         for device in list(self._clients):

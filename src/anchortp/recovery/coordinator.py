@@ -132,7 +132,8 @@ class Coordinator:
         self._plan_made: Plan | None = None
         self._target: Layout | None = None
         self._kv = KVState.lost
-        self._kv_sources: set[str] = set()  # devices that planes are copied from in this episode
+        self._copies: set[tuple[str, int, str]] = set()  # (from, KV head, to): planes copied in this episode
+        self._restore_failed = False  # in this epoch
         self._missing: set[tuple[str, int]] = set()
         self._commands: list[Command] = []
         self._now = 0.0
@@ -347,8 +348,8 @@ class Coordinator:
         if event.ok:
             device.planes = frozenset(self._target[event.device][KV])
         else:
-            self._kv = KVState.lost
             self._say(f"{event.device} could not restore its KV planes")
+            self._restore_failed |= event.epoch == self.epoch
         if self.phase == RESTORING and event.epoch == self.epoch:
             self._arrived(event.device, self._form)
 
@@ -383,6 +384,7 @@ class Coordinator:
     def _raise_epoch(self) -> None:
         self._do(Abort(epoch=self.epoch))
         self.epoch += 1
+        self._restore_failed = False  # whoever lacks planes is told again where from
         live = [name for name, device in self._devices.items() if device.has_worker]
         self._say(f"epoch {self.epoch} begins; {len(live)} worker(s) leave the old group")
         for name in live:
@@ -467,7 +469,7 @@ class Coordinator:
         """Planes that are new on a device are copied from one that has them, or from the mirror."""
         assert self._target is not None
         new = {} if self._kv is KVState.lost else self._new_planes()
-        self._kv_sources |= {plane.device for planes in new.values() for plane in planes if plane.device}
+        self._copies |= {(p.device, p.head, name) for name, planes in new.items() for p in planes if p.device}
         self._await(RESTORING, list(new), self.config.load_timeout_s, self._form)
         for name, planes in new.items():
             self._do(Restore(device=name, epoch=self.epoch, planes=planes, layout=self._target))
@@ -486,11 +488,13 @@ class Coordinator:
 
     def _serve(self) -> None:
         self._enter(SERVING)
+        if self._restore_failed:
+            self._kv = KVState.lost
         episode = self.episodes[-1]
         episode.kv, episode.ended_s, episode.outcome = self._kv.value, self._now, "serving"
         self._say(_KV_WORDS[self._kv])
         self._do(Resume(epoch=self.epoch, kv=self._kv, num_kv_blocks=self.num_kv_blocks))
-        self._kv_sources = set()
+        self._copies, self._restore_failed = set(), False
         # From here on whatever the cache is said to hold is written by this group, to every plane.
         self._kv = KVState.whole
         for device in self._devices.values():
@@ -546,10 +550,18 @@ class Coordinator:
         self._waiting.discard(name)
         self.episodes[-1].devices_lost.append(name)
         self._say(f"{name} is lost: {reason}")
-        if name in self._kv_sources:
-            self._kv = KVState.lost
-            self._say(f"KV planes that were being copied from {name} cannot be trusted: sequences replay")
+        self._distrust_copies_from(name)
         self._do(Drop(device=name, reason=reason))
+
+    def _distrust_copies_from(self, name: str) -> None:
+        """The device may have died while it was copied from: what this episode copied of its heads is not whole."""
+        heads = {head for source, head, _ in self._copies if source == name}
+        if not heads:
+            return
+        self._say(f"KV head(s) {', '.join(map(str, sorted(heads)))} were copied from {name}: not to be trusted")
+        for device, state in self._devices.items():
+            state.planes -= {head for _, head, to in self._copies if to == device and head in heads}
+        self._copies = {copy for copy in self._copies if copy[1] not in heads}
 
     def _missing_units(self) -> set[tuple[str, int]]:
         layout = self.layout

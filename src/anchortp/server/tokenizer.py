@@ -61,7 +61,7 @@ def load_tokenizer(model_path: str) -> Tokenizer:
 
     try:
         inner = AutoTokenizer.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # transformers checks config.json too, with error classes of its own
         raise ConfigError(
             f"{model_path}: no tokenizer can be loaded ({error}). Give a model folder that has "
             f"tokenizer_config.json, and tokenizer.json or tokenizer.model."

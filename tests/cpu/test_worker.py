@@ -1,0 +1,78 @@
+"""What a worker answers, without a process around it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from anchortp.engine import messages as m
+from anchortp.engine.faults import FaultProbe, Strike, fired_strikes
+from anchortp.engine.worker import Worker
+from anchortp.errors import ChannelClosed, ChannelTimeout
+
+
+class Channel:
+    def __init__(self):
+        self.sent = []
+
+    def send(self, message):
+        self.sent.append(message)
+
+
+class Anchor:
+    """One that is gone or stuck."""
+
+    def __init__(self, error=None):
+        self.error, self.closed = error, False
+
+    def lease(self, epoch):
+        raise self.error
+
+    def close(self):
+        self.closed = True
+
+
+def worker_of(anchor: Anchor) -> tuple[Worker, Channel]:
+    channel = Channel()
+    worker = Worker(channel)
+    probe = FaultProbe((), "/nowhere", lambda kind: None)
+    worker._assignment = SimpleNamespace(device="cpu:0", anchor=anchor, probe=probe)
+    return worker, channel
+
+
+def test_memory_that_was_never_mapped_is_not_handed_over():
+    """A spare that has only just taken over holds no descriptor of what its anchor owned."""
+    anchor = Anchor()
+    worker, channel = worker_of(anchor)
+    worker._hand_over(m.HandOver(epoch=4, ranges={"weights": [(0, 4096)], "kv": []}))
+    (answer,) = channel.sent
+    assert not answer.ok and "weights, kv" in answer.reason
+    assert anchor.closed
+
+
+@pytest.mark.parametrize("error", [ChannelClosed("gone"), ChannelTimeout("stuck")])
+def test_a_worker_leaves_an_epoch_without_its_anchor(error):
+    worker, channel = worker_of(Anchor(error))
+    worker._leave(m.LeaveEpoch(epoch=7))
+    assert channel.sent == [m.EpochLeft(epoch=7)]
+
+
+def test_a_strike_fires_at_its_passage_and_once_per_runtime_directory(tmp_path):
+    class Struck(Exception):
+        pass
+
+    def strike(kind):
+        raise Struck(kind)
+
+    strikes = (Strike(device="cpu:0", point="decode", nth=3, kind="crash"),)
+    probe = FaultProbe(strikes, str(tmp_path), strike)
+    assert probe
+    for point in ("decode", "prefill", "decode", "prefill", "prefill"):
+        probe.at(point)
+    assert fired_strikes(tmp_path) == []
+    with pytest.raises(Struck, match="crash"):
+        probe.at("decode")
+    (fired,) = fired_strikes(tmp_path)
+    assert fired["strike"] == "cpu:0 decode 3 crash"
+    assert not FaultProbe(strikes, str(tmp_path), strike)

@@ -1,0 +1,69 @@
+"""Faults of every kind, at random moments and one after another: no request may notice."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from anchortp.errors import AnchorTPError
+from tests.procs.engine_tools import Driver, kill_process, prompt_of, running_engine
+from tests.tiny_model import write_model
+
+NUM_FAULTS = 14
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("llama") / "model")
+
+
+def strike(driver: Driver, dice: random.Random) -> str:
+    """One fault, on whatever is there at this moment."""
+    devices = driver.engine.status()["devices"]
+    device = dice.choice(sorted(devices))
+    kinds = ["crash", "worker", "anchor", "zygote", "spare"] + ["lost"] * (len(devices) > 2)
+    kind = dice.choice(kinds)
+    match kind:
+        case "crash" | "lost":
+            try:
+                driver.inject(device, kind)
+            except AnchorTPError as error:  # no anchor, or no worker, just now
+                return f"{device} {kind}: {error}"
+        case "worker" if devices[device]["worker_pid"]:
+            kill_process(devices[device]["worker_pid"])
+        # With its worker also being replaced that is a loss, for which another device must be left.
+        case "anchor" if len(devices) > 2 and all(d["has_anchor"] for d in devices.values()):
+            kill_process(driver.anchor_pid(device))
+        case "zygote":
+            kill_process(driver.engine._processes._zygote.pid)
+        case "spare":
+            for process in list(driver.engine._processes._spares):
+                kill_process(process.pid)
+    return f"{device} {kind}"
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_storm_of_faults(folder, seed):
+    dice = random.Random(seed)
+    story = []
+    with running_engine(folder, 6) as driver:
+        streams = driver.speak(3, 150)
+        for _ in range(NUM_FAULTS):
+            story.append(strike(driver, dice))
+            # A few tokens later, or none: but one, so that no request is in every step that is cut off.
+            stream = dice.choice(streams)
+            if stream.finish_reason is None:
+                stream.wait_tokens(min(150, len(stream.tokens) + dice.choice([1, 2, 20])))
+            ended = [stream for stream in streams if stream.finish_reason is not None]
+            for stream in ended:
+                stream.check()
+            streams = [s for s in streams if s not in ended]
+            streams += [driver.submit(prompt_of(dice.randrange(6)), 150) for _ in ended]
+        for stream in streams:
+            stream.check()
+        driver.submit(prompt_of(7), 20).check()
+        for episode in driver.episodes[1:]:
+            moved = episode["bytes"]
+            assert moved["loaded"] == moved["lost"] + moved["replica"] + moved["replicated"], story
+            assert moved["copied"] == 0, story
