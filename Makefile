@@ -28,8 +28,9 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m bench.recovery $(BENCH)
 
+# Exit status 5: no test was collected. There are none yet: devices are CPU devices so far.
 gpu-check: $(STAMP)
-	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m pytest tests/gpu || test $$? -eq 5
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info
