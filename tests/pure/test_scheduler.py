@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from anchortp.engine.api import EngineRequest, SampledToken, SamplingParams
-from anchortp.engine.blocks import BlockPool
+from anchortp.engine.blocks import BlockPool, extend_block_hashes
 from anchortp.engine.scheduler import Batch, Scheduler
 from anchortp.engine.sequence import Sequence, seed_of
 from anchortp.errors import ConfigError, EngineFull, RequestError
@@ -245,7 +245,7 @@ def test_what_a_preempted_sequence_finds_again_is_not_reported_as_cached(make):
     for name in "ab":
         scheduler.add(request(name, 10, first=100 * ord(name)))
     step(scheduler)
-    scheduler.set_num_blocks(5)  # "b" loses one of its blocks, and finds the others again later
+    scheduler.resize(5)  # "b" is put aside and loses one of its blocks, and finds the others again later
     scheduler.abort("a")
     batch, (output,) = step(scheduler)
     assert shape(batch)["b"] == (8, 11, True) and output.num_cached_tokens == 0
@@ -309,31 +309,6 @@ def test_abort_of_waiting_and_unknown_requests(make):
     assert (scheduler.num_running, scheduler.num_waiting) == (1, 0)
 
 
-def test_shrinking_preempts_who_holds_vanishing_blocks(make):
-    scheduler = make(num_blocks=8, max_batch_tokens=32)
-    for name in "abc":
-        scheduler.add(request(name, 5, first=100 * ord(name), max_tokens=2))
-    step(scheduler)
-    scheduler.set_num_blocks(4)
-    scheduler.validate()
-    assert (scheduler.num_running, scheduler.num_waiting) == (2, 1)
-    batch, _ = step(scheduler)
-    assert all(block_id < 4 for s in batch.seqs for block_id in s.block_ids)
-    scheduler.set_num_blocks(9)
-    (output,) = step(scheduler)[1]
-    assert (output.request_id, output.finish_reason) == ("c", "length")
-
-
-def test_shrinking_with_a_batch_in_flight_keeps_what_it_computed_for_the_others(make):
-    scheduler = make(num_blocks=8, max_batch_tokens=32)
-    for name in "ab":
-        scheduler.add(request(name, 5, first=100 * ord(name)))
-    batch = scheduler.schedule()
-    scheduler.set_num_blocks(3)
-    outputs = scheduler.postprocess(batch, {name: SampledToken(token_id=1) for name in "ab"}, EOS)
-    assert [o.request_id for o in outputs] == ["a"]
-
-
 def test_too_many_waiting(make):
     scheduler = make(max_waiting=2)
     for name in "ab":
@@ -382,30 +357,128 @@ def test_a_request_without_a_seed_has_the_same_one_wherever_it_resumes():
     assert Sequence.from_request(request("a"), arrival=0).seed == seed_of(request("a")) == 3405396810240292928
 
 
-def test_after_a_kv_loss_the_shortest_sequence_answers_first_and_steps_grow():
-    pool = BlockPool(num_blocks=256, block_size=16)
-    scheduler = Scheduler(pool, max_num_seqs=8, max_batch_tokens=512, max_model_len=1024, max_waiting=8)
-    lengths = [300, 90, 200, 80]
-    for index, length in enumerate(lengths):
-        prompt = tuple(range(1000 * index, 1000 * index + length))
-        params = SamplingParams(max_tokens=50, temperature=0.0)
-        scheduler.add(EngineRequest(request_id=str(index), prompt_token_ids=prompt, params=params))
+# --- lost, moved and shared blocks ---
 
-    def run_step():
-        batch = scheduler.schedule()
-        sampled = {seq.request_id: SampledToken(token_id=1) for seq in batch.seqs if seq.sample}
-        scheduler.postprocess(batch, sampled, ())
-        return batch
 
-    while any(len(seq.token_ids) > 1 for seq in run_step().seqs):
-        pass
-    scheduler.on_kv_lost()
-    first = run_step()
-    assert [seq.request_id for seq in first.seqs if seq.sample] == ["3"]
-    batches = [first]
-    while any(len(seq.token_ids) > 1 for seq in batches[-1].seqs):
-        batches.append(run_step())
-    sizes = [batch.num_tokens for batch in batches[:-1]]
-    assert sizes[0] < 100 and sizes[:-1] == sorted(sizes[:-1]) and len(sizes) <= 4
-    assert sum(sizes) >= sum(lengths)
+def test_what_is_whole_after_a_loss_is_not_computed_again(make):
+    scheduler = make(max_batch_tokens=64)
+    for name, first in (("a", 10), ("b", 100)):
+        scheduler.add(request(name, 14, first=first))
+    step(scheduler)
+    a, b = (scheduler._find(name) for name in "ab")
+    whole = {*a.block_ids, *b.block_ids[:1], *b.block_ids[2:]}
+    scheduler.on_kv_lost(whole)
     scheduler.validate()
+    assert scheduler.num_tokens_to_replay == 10
+    assert {block_id for block_id, _ in scheduler.pool.sealed()} == {*a.block_ids[:3], b.block_ids[0], b.block_ids[2]}
+    batch, outputs = step(scheduler)
+    assert shape(batch) == {"a": (14, 15, True), "b": (4, 8, False)}
+    assert [o.request_id for o in outputs] == ["a"]
+    # The third block was whole all the time; only the second and the part of the fourth are computed again.
+    assert shape(step(scheduler)[0])["b"] == (12, 15, True)
+    assert (scheduler.num_replayed_tokens, scheduler.num_tokens_to_replay) == (4 + 2, 0)
+    assert scheduler.num_recomputed_tokens == 0
+
+
+def test_tokens_computed_again_after_a_preemption_are_counted_apart(make):
+    scheduler = make(num_blocks=8, max_batch_tokens=32)
+    for name in "ab":
+        scheduler.add(request(name, 10, first=100 * ord(name)))
+    step(scheduler)
+    assert scheduler.resize(4) == []
+    scheduler.abort("a")
+    scheduler.pool.keep_only(())
+    assert shape(step(scheduler)[0]) == {"b": (0, 11, True)}
+    assert (scheduler.num_preempted, scheduler.num_recomputed_tokens) == (1, 10)
+    assert scheduler.num_replayed_tokens == 0
+
+
+def test_what_two_begin_to_compute_side_by_side_is_computed_once(make):
+    scheduler = make(max_batch_tokens=40)
+    for name in "ab":
+        scheduler.add(request(name, 30))
+    assert shape(step(scheduler)[0]) == {"a": (0, 30, True), "b": (0, 10, False)}
+    assert shape(step(scheduler)[0]) == {"a": (30, 31, True), "b": (28, 30, True)}
+    a, b = (scheduler._find(name) for name in "ab")
+    assert a.block_ids[:7] == b.block_ids[:7] and a.block_ids[7] != b.block_ids[7]
+
+
+def test_two_whose_answers_are_equal_share_them(make):
+    scheduler = make(max_batch_tokens=64)
+    for name in "ab":
+        scheduler.add(request(name, 6, max_tokens=30))
+    for _ in range(8):
+        step(scheduler)
+    a, b = (scheduler._find(name) for name in "ab")
+    assert a.token_ids == b.token_ids and len(a.token_ids) == 14
+    assert a.block_ids[:3] == b.block_ids[:3] and scheduler.pool.num_held == 5
+
+
+def test_a_smaller_cache_keeps_what_runs_and_what_was_used_last(make):
+    scheduler = make(num_blocks=12, max_batch_tokens=64)
+    for name in ("old", "recent"):
+        scheduler.add(request(name, 12, first=100 * ord(name[0]), max_tokens=1))
+        step(scheduler)
+    scheduler.add(request("runs", 13, first=5000))
+    step(scheduler)
+    hashes = {name: [] for name in ("old", "recent")}
+    for name, known in hashes.items():
+        extend_block_hashes(known, range(100 * ord(name[0]), 100 * ord(name[0]) + 12), BLOCK_SIZE)
+    moves = scheduler.resize(7)
+    scheduler.validate()
+    assert scheduler.num_preempted == 0
+    assert all(block_id is None for block_id in map(scheduler.pool.block_of, hashes["old"]))
+    assert all(block_id is not None for block_id in map(scheduler.pool.block_of, hashes["recent"]))
+    assert moves and all(source >= 7 > to for source, to in moves)
+    assert shape(step(scheduler)[0]) == {"runs": (13, 14, True)}
+
+
+def test_a_smaller_cache_puts_the_latest_aside_and_no_more_than_it_must(make):
+    scheduler = make(num_blocks=12, max_batch_tokens=64)
+    for name in "abc":
+        scheduler.add(request(name, 9, first=100 * ord(name), max_tokens=3))
+    step(scheduler)
+    scheduler.resize(7)
+    scheduler.validate()
+    assert (scheduler.num_running, scheduler.num_waiting, scheduler.num_preempted) == (2, 1, 1)
+    finished = []
+    for _ in range(10):
+        if not scheduler.has_work():
+            break
+        batch, outputs = step(scheduler)
+        assert all(block_id < 7 for s in batch.seqs for block_id in s.block_ids)
+        finished += [o.request_id for o in outputs if o.finish_reason == "length"]
+    assert finished == ["a", "b", "c"]
+
+
+def test_a_cache_that_grows_disturbs_nobody(make):
+    scheduler = make(num_blocks=2)
+    scheduler.add(request("a", 7, first=10))
+    scheduler.add(request("b", 3, first=100))
+    batch = scheduler.schedule()
+    assert scheduler.resize(6) == []
+    (output,) = scheduler.postprocess(batch, {"a": SampledToken(token_id=1)}, EOS)
+    assert output.request_id == "a" and shape(step(scheduler)[0]) == {"a": (7, 8, True), "b": (0, 3, True)}
+
+
+def test_blocks_with_nothing_in_them_are_not_moved(make):
+    scheduler = make(num_blocks=8, max_batch_tokens=4)
+    scheduler.add(request("short-lived", 1, first=900))
+    step(scheduler)
+    scheduler.add(request("long", 16))
+    step(scheduler)
+    scheduler.abort("short-lived")
+    long = scheduler._find("long")
+    assert (long.num_computed_tokens, long.block_ids) == (3, [1, 2, 3, 4])
+    assert scheduler.resize(4) == [] and long.block_ids == [1, 2, 3, 0]
+    scheduler.resize(8)
+    assert shape(step(scheduler)[0]) == {"long": (3, 7, False)}
+
+
+def test_a_batch_in_flight_is_void_when_blocks_may_have_moved(make):
+    scheduler = make()
+    scheduler.add(request("a", 3))
+    batch = scheduler.schedule()
+    scheduler.resize(60)
+    with pytest.raises(AssertionError, match="not the batch in flight"):
+        scheduler.postprocess(batch, {"a": SampledToken(token_id=1)}, EOS)

@@ -69,9 +69,18 @@ class FakeWorker:
             before = self.memory[self.slot(entry, p - 1)] if p else ROOT
             self.memory[self.slot(entry, p)] = mix(before, entry.token_ids[p - entry.start])
 
-    def lose_everything(self):
+    def lose_all_but(self, whole):
         for slot in self.memory:
-            self.memory[slot] = self.rng.getrandbits(60)
+            if slot[0] not in whole:
+                self.memory[slot] = self.rng.getrandbits(60)
+
+    def move(self, moves):
+        """In any order. A block has what was written to it, which may be less than all its slots."""
+        for source, to in self.rng.sample(moves, len(moves)):
+            for offset in range(self.pool.block_size):
+                self.memory.pop((to, offset), None)
+                if (source, offset) in self.memory:
+                    self.memory[to, offset] = self.memory[source, offset]
 
     def give_back(self, num_blocks):
         self.memory = {slot: value for slot, value in self.memory.items() if slot[0] < num_blocks}
@@ -138,16 +147,27 @@ class Simulation:
             self.events["aborted"] += 1
 
     def lose_kv(self):
-        self.worker.lose_everything()
+        """All of it, or all but what some blocks kept or got back."""
+        share = self.rng.choice([0.0, 0.5, 0.9])
+        whole = {block_id for block_id in range(self.num_blocks) if self.rng.random() < share}
+        computed = sum(seq.num_computed_tokens for seq in self.scheduler._running.values())
+        self.worker.lose_all_but(whole)
+        self.scheduler.on_kv_lost(whole)
+        kept = sum(seq.num_computed_tokens for seq in self.scheduler._running.values())
+        self.events["tokens kept"] += kept
+        assert kept + self.scheduler.num_tokens_to_replay >= computed
         self.events["replayed"] += self.scheduler.num_running
-        self.scheduler.on_kv_lost()
 
     def resize(self):
-        before = self.scheduler.num_preempted
+        """Whether the batch in flight is still valid."""
+        before, num_before = self.scheduler.num_preempted, self.scheduler.pool.num_blocks
         num_blocks = self.rng.randint(max(1, self.num_blocks // 2), self.num_blocks)
-        self.scheduler.set_num_blocks(num_blocks)
+        moves = self.scheduler.resize(num_blocks)
+        self.worker.move(moves)
         self.worker.give_back(num_blocks)
+        self.events["moved"] += len(moves)
         self.events["preempted by shrinking"] += self.scheduler.num_preempted - before
+        return num_blocks >= num_before
 
     def deliver(self, outputs):
         for output in outputs:
@@ -184,8 +204,8 @@ class Simulation:
         sampled = self.worker.run(batch)
         if event < 0.24:
             self.abort()
-        elif event < 0.28:
-            self.resize()
+        elif event < 0.28 and not self.resize():
+            return
         self.deliver(self.scheduler.postprocess(batch, sampled, EOS))
         self.scheduler.validate()
 
@@ -212,6 +232,9 @@ class Simulation:
     def check(self):
         scheduler = self.scheduler
         self.events["preempted"] += scheduler.num_preempted
+        self.events["tokens replayed"] += scheduler.num_replayed_tokens
+        self.events["tokens recomputed"] += scheduler.num_recomputed_tokens
+        assert scheduler.num_tokens_to_replay == 0
         self.events["hit"] += scheduler.pool.num_hit_tokens
         self.events["evicted"] += scheduler.pool.num_evicted_blocks
         scheduler.pool.validate([])
@@ -262,6 +285,10 @@ def history():
         "preempted",
         "preempted by shrinking",
         "replayed",
+        "tokens kept",
+        "tokens replayed",
+        "tokens recomputed",
+        "moved",
         "cut off",
         "aborted",
         "failed",
@@ -280,7 +307,7 @@ def test_the_simulation_notices_a_replay_that_is_left_out():
     for _ in range(4):
         simulation.arrive()
     simulation.step(faults=False)
-    simulation.worker.lose_everything()  # and the scheduler is not told
+    simulation.worker.lose_all_but(())  # and the scheduler is not told
     simulation.drain()
     with pytest.raises(AssertionError):
         simulation.check()

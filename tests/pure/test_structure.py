@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "model": {"layout"},
     "engine": {"recovery", "model", "comm", "transfer", "state", "arena", "plan", "layout"},
     "server": {"engine"},
-    "cli": {"server", "engine", "transfer", "state"},
+    "cli": {"server", "engine", "transfer", "state", "plan", "layout"},
 }
 COMMON = {"errors", "config"}
 PURE = ("layout", "plan", "recovery")

@@ -38,8 +38,7 @@ class BlockPool:
     blank   free, contents meaningless; lowest id goes first, so that high pages stay uncommitted and a later
             shrink finds them empty
 
-    A held block is cached too once it is registered. After a `shrink`, held ids at or above `num_blocks` are
-    retired: they cannot be found any more and vanish when their last holder frees them.
+    A held block is cached too once it is registered.
 
     No content is kept twice: whoever completes a block that another one holds already takes that one instead
     (`register`). So what is evicted is exactly what an ideal LRU cache of blocks would evict.
@@ -166,10 +165,9 @@ class BlockPool:
         known = self._block_of.get(block_hash)
         if known is not None:
             return self.exchange(block_id, known)
-        if block_id < self.num_blocks:
-            self._hash_of[block_id] = self._fresh[block_id] = block_hash
-            self._block_of[block_hash] = block_id
-            self._on_change(block_id, block_hash)
+        self._hash_of[block_id] = self._fresh[block_id] = block_hash
+        self._block_of[block_hash] = block_id
+        self._on_change(block_id, block_hash)
         return block_id
 
     def exchange(self, block_id: int, known: int) -> int:
@@ -214,17 +212,13 @@ class BlockPool:
         self._set_blank(block_id for block_id in range(self.num_blocks) if block_id not in self._lru)
 
     def keep_only(self, block_ids: Collection[int]) -> None:
-        """The contents of all other blocks are gone: they are not found any more. Held blocks stay held."""
+        """The contents of all other blocks are lost: they are not found any more. Held blocks stay held."""
         for block_id in [b for b in self._hash_of if b not in block_ids]:
             self._forget(block_id)
         gone = [block_id for block_id in self._lru if block_id not in self._hash_of]
         for block_id in gone:
             del self._lru[block_id]
         self._set_blank([*self._blank, *gone])
-
-    def invalidate_all(self) -> None:
-        """The contents of the cache are gone. Nothing is found any more; held blocks stay held."""
-        self.keep_only(())
 
     def compact(self, num_blocks: int) -> list[tuple[int, int]]:
         """Gives up the ids `[num_blocks, self.num_blocks)`, but of the contents no more than must go.
@@ -235,7 +229,7 @@ class BlockPool:
         before anybody computes. Until then `on_change` has reported more than is true: an index that outlives a
         crash must not be believed meanwhile (`KVIndex.set_epoch`).
 
-        Requires `num_held <= num_blocks`, and no retired block.
+        Requires `num_held <= num_blocks`.
         """
         assert 0 < num_blocks <= self.num_blocks, (num_blocks, self.num_blocks)
         assert self.num_held <= num_blocks, f"{self.num_held} blocks are held, only {num_blocks} are left"
@@ -250,23 +244,9 @@ class BlockPool:
         self._move(dict(moves))
         return moves
 
-    def shrink(self, num_blocks: int) -> set[int]:
-        """Gives up the ids `[num_blocks, self.num_blocks)`. Returns those of them that are still held.
-
-        The caller must free these before their memory is given back. They cannot be matched any more.
-        """
-        assert 0 < num_blocks <= self.num_blocks, (num_blocks, self.num_blocks)
-        for block_id in [b for b in self._hash_of if b >= num_blocks]:
-            self._forget(block_id)
-            self._lru.pop(block_id, None)
-        self._set_blank(b for b in self._blank if b < num_blocks)
-        self.num_blocks = num_blocks
-        return {b for b in self._refs if b >= num_blocks}
-
     def grow(self, num_blocks: int) -> None:
-        """Adds the ids `[self.num_blocks, num_blocks)` as blank ones. No retired block may be left."""
+        """Adds the ids `[self.num_blocks, num_blocks)` as blank ones."""
         assert num_blocks >= self.num_blocks, (num_blocks, self.num_blocks)
-        assert all(b < self.num_blocks for b in self._refs), "blocks of the last shrink are still held"
         self._set_blank([*self._blank, *range(self.num_blocks, num_blocks)])
         self.num_blocks = num_blocks
 
@@ -275,12 +255,11 @@ class BlockPool:
         held, blank, lru = set(self._refs), set(self._blank), set(self._lru)
         assert len(blank) == len(self._blank), "a block is blank twice"
         assert not (held & blank or held & lru or blank & lru), "a block is in two places"
-        retired = {b for b in held if b >= self.num_blocks}
-        assert (held - retired) | blank | lru == set(range(self.num_blocks)), "a block is in no place"
+        assert held | blank | lru == set(range(self.num_blocks)), "a block is in no place"
         assert all(count > 0 for count in self._refs.values()), "a held block has no holder"
         assert {h: b for b, h in self._hash_of.items()} == self._block_of, "the hash maps differ"
         assert self._fresh.items() <= self._hash_of.items(), "a block to be mirrored has lost its contents"
-        assert lru <= set(self._hash_of) <= (held - retired) | lru, "a hash is missing, or on a block that is gone"
+        assert lru <= set(self._hash_of) <= held | lru, "a hash is missing, or on a block that is blank"
         if tables is not None:
             counts = Counter(block_id for table in tables for block_id in table)
             assert counts == self._refs, "reference counts differ from the tables"
@@ -306,8 +285,6 @@ class BlockPool:
         self._on_change(block_id, self._hash_of[block_id])
 
     def _release(self, block_id: int) -> None:
-        if block_id >= self.num_blocks:
-            return  # retired
         if block_id in self._hash_of:
             self._lru[block_id] = None
             self._on_change(block_id, self._hash_of[block_id])

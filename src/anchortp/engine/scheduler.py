@@ -251,19 +251,6 @@ class Scheduler:
         written = self._written()
         return [move for move in moves if move[1] in written]
 
-    def set_num_blocks(self, num_blocks: int) -> None:
-        """The cache now has the block ids `[0, num_blocks)`. Who holds others is preempted; nothing moves.
-
-        On return no sequence refers to a vanished block, so their memory may be given back.
-        """
-        if num_blocks >= self.pool.num_blocks:
-            self.pool.grow(num_blocks)
-            return
-        vanishing = self.pool.shrink(num_blocks)
-        for seq in list(self._running.values()):
-            if not vanishing.isdisjoint(seq.block_ids):
-                self._preempt(seq)
-
     def validate(self) -> None:
         """Asserts every invariant between sequences and blocks. For tests, and when idle."""
         running = list(self._running.values())
