@@ -289,7 +289,11 @@ def _mirror_slots(model: ModelConfig, kv_mirror: str, num_bytes: int | None, blo
 
 
 def _available_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Memory that can be had without swapping: what is free, and what the page cache would give back."""
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise ConfigError("/proc/meminfo does not say how much memory is available; give --device-memory.")
 
 
 def default_runtime_dir() -> Path:

@@ -64,6 +64,7 @@ class Stream:
         self.tokens: list[int] = []
         self.finish_reason: str | None = None
         self.error: str | None = None
+        self.num_cached_tokens = 0
         self._driver = driver
 
     def take(self, output: TokenOutput) -> None:
@@ -71,6 +72,7 @@ class Stream:
             assert self.finish_reason is None, "something came after the end"
             self.tokens += [token.token_id for token in output.tokens]
             self.finish_reason, self.error = output.finish_reason, output.error
+            self.num_cached_tokens = output.num_cached_tokens
             self._driver.changed.notify_all()
 
     def wait_tokens(self, num_tokens: int) -> None:

@@ -120,7 +120,7 @@ def test_a_server_that_is_killed_and_one_that_attaches(folder):
         refused = run("serve", folder, "--tp", 3, "--port", 0, "--runtime-dir", runtime_dir)
         assert refused.returncode == 2 and "another engine serves from" in refused.stderr
         held, computing = anchors(runtime_dir), first.computing()
-        assert len(held) == 3 and len(computing) >= 4
+        assert len(held) == 4 and len(computing) >= 4  # the host has an anchor too
         first.kill()
         reap(*computing)
         assert sorted(anchors(runtime_dir)) == sorted(held)
@@ -146,8 +146,8 @@ def check_tools(served: Served, expected: str) -> None:
     shown = run("status", "--json", "--runtime-dir", served.runtime_dir)
     assert shown.returncode == 0, shown.stderr
     document = json.loads(shown.stdout)
-    assert sorted(document["anchors"]) == ["cpu:0", "cpu:1", "cpu:2"]
-    assert all(anchor["worker_pid"] for anchor in document["anchors"].values())
+    assert sorted(document["anchors"]) == ["cpu:0", "cpu:1", "cpu:2", "host"]
+    assert all(bool(anchor["worker_pid"]) == (name != "host") for name, anchor in document["anchors"].items())
     assert document["engine"]["state"] == "serving"
     fault = document["engine"]["episodes"][-1]
     assert fault["bytes"]["loaded"] == 0 and fault["workers_replaced"] == ["cpu:1"]

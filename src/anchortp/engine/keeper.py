@@ -28,6 +28,7 @@ from anchortp.recovery import events as ev
 log = logging.getLogger("anchortp.engine")
 
 INDEX_ARENA = "kv-index"
+HOST_ATTEMPTS = 3
 MAX_SAVES_PER_STEP = 64  # blocks; a long prompt's are copied over several steps, none of which waits noticeably
 
 
@@ -96,11 +97,7 @@ class KVKeeper:
         self._tickets.clear()
         if self._mirror is not None:
             self._mirror.clear()
-        self._close_index()
-        try:
-            self.open()
-        except AnchorTPError as error:
-            log.warning("no mirror and no index of KV blocks from now on: %s", error)
+        if not self._open_again():
             self._mirror = None
             self._close_index()
             return
@@ -111,6 +108,18 @@ class KVKeeper:
             self._index.put(block_id, block_hash)
         self._index.set_epoch(self._epoch)
         self._pool.offer(block_hash for _, block_hash in sealed)
+
+    def _open_again(self) -> bool:
+        """A new host anchor may die while it is being opened: the next one has another chance, but not for ever."""
+        for attempt in range(HOST_ATTEMPTS):
+            self._close_index()
+            try:
+                self.open()
+                return True
+            except AnchorTPError as error:
+                log.warning("the host's anchor cannot be opened, attempt %d: %s", attempt + 1, error)
+        log.warning("no mirror and no index of KV blocks from now on")
+        return False
 
     def close(self) -> None:
         self._close_index()

@@ -217,6 +217,7 @@ class StatePlane:
         Of what an earlier engine left there only the arena `keep` stays. If that engine started the anchor, with
         less memory than this one needs, another anchor takes its place.
         """
+        self._close(host)  # a connection that broke while it was being opened
         budget_bytes += HOST_SLACK_BYTES
         self.ensure_anchor(host, budget_bytes)
         client = self._connect(host)
