@@ -42,6 +42,7 @@ from anchortp.engine.sequence import Sequence, SequenceState
 from anchortp.errors import ConfigError, EngineFull, RequestError
 
 MIN_REPLAY_TOKENS = 64  # smaller steps cost hardly less time
+SMALL_REPLAY_TOKENS = 256  # of all sequences together; one step of so many costs less than two of half as many
 REPLAY_CHUNK_TOKENS = 128  # beside decodes; see above
 PREFILL_SHARE = 4  # while others replay, prefills have one part in so many
 
@@ -227,8 +228,10 @@ class Scheduler:
         self.pool.keep_only(whole)
         self._in_flight = None
         replays = [seq.num_pending_tokens for seq in self._running.values() if seq.num_tokens_to_replay]
-        shortest = min(replays, default=self.max_batch_tokens)
-        self._slow_start = min(self.max_batch_tokens, max(shortest, self.max_num_seqs, MIN_REPLAY_TOKENS))
+        first = min(replays, default=self.max_batch_tokens)
+        if sum(replays) <= SMALL_REPLAY_TOKENS:
+            first = sum(replays)  # the tails that a mirror does not have: nobody gains by waiting for a second step
+        self._slow_start = min(self.max_batch_tokens, max(first, self.max_num_seqs, MIN_REPLAY_TOKENS))
 
     def resize(self, num_blocks: int) -> list[tuple[int, int]]:
         """The cache is to have the block ids `[0, num_blocks)`. Returns moves of contents, (from, to).
