@@ -196,9 +196,7 @@ class RunningServer:
 
     def _serve(self, app: Any, grace_s: float) -> None:
         try:
-            serve_http(
-                app, "127.0.0.1", 0, on_ready=self._on_ready, should_stop=self._stop.is_set, grace_s=grace_s
-            )
+            serve_http(app, "127.0.0.1", 0, on_ready=self._on_ready, should_stop=self._stop.is_set, grace_s=grace_s)
         except BaseException as error:
             self._failure = error
         finally:
@@ -259,9 +257,7 @@ def byte_fallback_bpe() -> Any:
     trained = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     trained.normalizer = _sentencepiece_spaces(normalizers)
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=480, special_tokens=[*SPECIALS, *byte_tokens], show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=480, special_tokens=[*SPECIALS, *byte_tokens], show_progress=False)
     trained.train_from_iterator(text.split(), trainer)
     # The trainer marks byte tokens as special; in real models they are ordinary, so the model is built anew.
     vocab = trained.get_vocab()
@@ -287,9 +283,7 @@ def metaspace_unigram() -> Any:
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(
-        vocab_size=150, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False
-    )
+    trainer = trainers.UnigramTrainer(vocab_size=150, special_tokens=SPECIALS, unk_token="<unk>", show_progress=False)
     tokenizer.train_from_iterator([TEXT], trainer)
     return tokenizer
 

@@ -25,9 +25,7 @@ TEXTS = [
     "<0x41> is not a byte",
 ]
 texts = st.text(
-    alphabet=st.one_of(
-        st.sampled_from("ab the.,\n é€你好界🙂👍🏽\u200d\ufffd"), st.characters(codec="utf-8")
-    ),
+    alphabet=st.one_of(st.sampled_from("ab the.,\n é€你好界🙂👍🏽\u200d\ufffd"), st.characters(codec="utf-8")),
     max_size=30,
 )
 
@@ -147,9 +145,7 @@ def test_each_token_is_looked_at_once(byte_level, monkeypatch):
     token_ids = byte_level.encode("the quick brown fox 🙂 " * 400)
     asked = []
     real = byte_level.token_bytes
-    monkeypatch.setattr(
-        byte_level, "token_bytes", lambda i, *, first=False: asked.append(i) or real(i, first=first)
-    )
+    monkeypatch.setattr(byte_level, "token_bytes", lambda i, *, first=False: asked.append(i) or real(i, first=first))
     monkeypatch.setattr(byte_level, "decode", lambda token_ids: pytest.fail("decoded again"))
     pieces(byte_level, token_ids)
     assert asked == list(token_ids)
@@ -186,9 +182,7 @@ def test_a_tokenizer_whose_tokens_do_not_add_up_is_refused(tmp_path):
     from tokenizers import decoders
 
     broken = byte_fallback_bpe()
-    broken.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip("b", 0, 1)]
-    )
+    broken.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip("b", 0, 1)])
     with pytest.raises(ConfigError, match="not the sum of its tokens"):
         load_tokenizer(save_tokenizer(broken, tmp_path))
 

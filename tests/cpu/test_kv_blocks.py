@@ -66,9 +66,7 @@ class Case:
         return random.Random(self.seed)
 
     def noise(self, num_bytes: int, tag: str) -> torch.Tensor:
-        return torch.frombuffer(
-            bytearray(random.Random(f"{self.seed} {tag}").randbytes(num_bytes)), dtype=torch.uint8
-        )
+        return torch.frombuffer(bytearray(random.Random(f"{self.seed} {tag}").randbytes(num_bytes)), dtype=torch.uint8)
 
     def arena(self, tag: str) -> torch.Tensor:
         # Rounded up as an arena is, and somewhat longer: the rest must stay as it is, too.
@@ -86,9 +84,7 @@ def cases(draw) -> Case:
         blocks=draw(st.integers(1, 12)),
         dtype=draw(st.sampled_from(["bfloat16", "float32"])),
     )
-    some_heads = st.permutations(range(heads)).flatmap(
-        lambda p: st.integers(0, heads).map(lambda n: tuple(p[:n]))
-    )
+    some_heads = st.permutations(range(heads)).flatmap(lambda p: st.integers(0, heads).map(lambda n: tuple(p[:n])))
     return Case(kv, draw(some_heads), draw(some_heads), draw(st.integers(0, 2**32)))
 
 

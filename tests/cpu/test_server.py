@@ -183,10 +183,7 @@ def test_chat_stream_is_openais_event_by_event(start):
     assert last["choices"][0] == {"index": 0, "delta": {}, "logprobs": None, "finish_reason": "stop"}
     assert usage["choices"] == [] and usage["usage"]["completion_tokens"] > 0
     assert all(chunk["usage"] is None for chunk in [first, *content, last])
-    assert (
-        len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in [first, *content, last, usage]})
-        == 1
-    )
+    assert len({(chunk["id"], chunk["created"], chunk["model"]) for chunk in [first, *content, last, usage]}) == 1
 
 
 def test_stream_without_usage_has_no_usage(start):
@@ -310,9 +307,7 @@ def test_harmless_fields_and_nulls_are_accepted(start):
             seed=None,
         )
         assert response.status_code == 200, response.text
-        assert (
-            stack.post("/v1/completions", prompt="a", best_of=1, echo=False, suffix=None).status_code == 200
-        )
+        assert stack.post("/v1/completions", prompt="a", best_of=1, echo=False, suffix=None).status_code == 200
 
 
 def test_length(start, tokenizer):
@@ -386,9 +381,7 @@ def test_text_held_back_comes_at_the_end(start, tokenizer):
 
 def test_stop_string_of_one_choice_leaves_the_others(start, tokenizer):
     def reply(request):
-        return outputs(
-            request, tokenizer.encode("a STOP b" if len(request.prompt_token_ids) == 1 else "a b c")
-        )
+        return outputs(request, tokenizer.encode("a STOP b" if len(request.prompt_token_ids) == 1 else "a b c"))
 
     with start(reply) as stack:
         answer = stack.complete(prompt=[[1], [1, 2]], stop="STOP")
@@ -404,9 +397,7 @@ def test_chat_logprobs(start, tokenizer):
         whole = stack.chat(logprobs=True, top_logprobs=2).choices[0].logprobs.content
         chunks = list(stack.chat(logprobs=True, top_logprobs=2, stream=True))
         bare = stack.chat(logprobs=True).choices[0].logprobs.content
-    streamed = [
-        entry for chunk in chunks if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content
-    ]
+    streamed = [entry for chunk in chunks if chunk.choices[0].logprobs for entry in chunk.choices[0].logprobs.content]
     assert streamed == whole
     assert bytes(byte for entry in whole for byte in entry.bytes).decode() == ANSWER
     assert all(len(entry.top_logprobs) == 2 and entry.logprob == -0.5 for entry in whole)
@@ -424,10 +415,7 @@ def test_completion_logprobs(start, tokenizer):
     token_ids = tokenizer.encode(ANSWER)
     assert len(whole.tokens) == len(whole.token_logprobs) == len(whole.text_offset) == len(token_ids)
     assert whole.token_logprobs == [-0.5] * len(token_ids)
-    assert all(
-        token in top and top[token] == -0.5
-        for token, top in zip(whole.tokens, whole.top_logprobs, strict=True)
-    )
+    assert all(token in top and top[token] == -0.5 for token, top in zip(whole.tokens, whole.top_logprobs, strict=True))
     assert all(len(top) == 1 for top in bare.top_logprobs)
     for token, offset in zip(whole.tokens, whole.text_offset, strict=True):
         assert token.startswith("bytes:") or ANSWER[offset:].startswith(token)
@@ -618,10 +606,7 @@ def test_a_bug_is_a_500_that_tells_nothing(start):
         assert response.status_code == 500 and "secret" not in response.text
         assert response.json()["error"]["code"] == "internal_error"
         stack.engine.refuse_with = AnchorTPError("the engine lost its socket")
-        assert (
-            stack.post("/v1/completions", prompt="a").json()["error"]["message"]
-            == "the engine lost its socket"
-        )
+        assert stack.post("/v1/completions", prompt="a").json()["error"]["message"] == "the engine lost its socket"
 
 
 # ---------------------------------------------------------------- the other endpoints
@@ -812,9 +797,7 @@ def serve_in_main_thread(tokenizer, client, **options):
     def talk(port):
         http_client = openai.DefaultHttpxClient(verify=False)
         url = f"http://127.0.0.1:{port}/v1"
-        with openai.OpenAI(
-            base_url=url, api_key="none", timeout=DEADLINE_S, http_client=http_client
-        ) as talking:
+        with openai.OpenAI(base_url=url, api_key="none", timeout=DEADLINE_S, http_client=http_client) as talking:
             stream = talking.chat.completions.create(model=MODEL, messages=CHAT, stream=True)
             next(stream)
             return client(engine, stream, port)

@@ -280,9 +280,7 @@ def test_response_format(client):
 
 def test_what_the_template_refuses(client):
     messages = [USER, {"role": "system", "content": "late"}]
-    assert refused(
-        ask(client, CHAT, {"messages": messages}), code="invalid_value", says="system must come first"
-    )
+    assert refused(ask(client, CHAT, {"messages": messages}), code="invalid_value", says="system must come first")
 
 
 def test_chat_without_a_template(tmp_path):
@@ -312,9 +310,7 @@ def test_the_context_is_filled_to_the_last_token(client):
 def test_a_prompt_that_is_too_long_says_the_numbers(client):
     for max_tokens in (..., 1):
         response = ask(client, COMPLETIONS, {"prompt": [1] * MAX_MODEL_LEN, "max_tokens": max_tokens})
-        assert refused(
-            response, code="context_length_exceeded", param="prompt", says=f"{MAX_MODEL_LEN} tokens"
-        )
+        assert refused(response, code="context_length_exceeded", param="prompt", says=f"{MAX_MODEL_LEN} tokens")
     long = [{"role": "user", "content": "hello " * 50}]
     assert refused(ask(client, CHAT, {"messages": long}), code="context_length_exceeded", param="prompt")
 
@@ -358,9 +354,7 @@ def test_any_field_at_any_value_is_parsed_or_refused(body_type, data):
     """Never another error than ApiError 400, and a parsed body always makes sampling parameters."""
     names = st.sampled_from(sorted(body_type.model_fields))
     fields = data.draw(st.dictionaries(names, json_values, max_size=4))
-    base = (
-        {"model": "m", "prompt": "a"} if body_type is CompletionBody else {"model": "m", "messages": [USER]}
-    )
+    base = {"model": "m", "prompt": "a"} if body_type is CompletionBody else {"model": "m", "messages": [USER]}
     try:
         body = parse(body_type, json.dumps({**base, **fields}).encode())
     except ApiError as error:

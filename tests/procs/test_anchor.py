@@ -397,9 +397,7 @@ def test_one_worker_at_a_time(anchor: Running) -> None:
     tool, first, second = anchor.connect("tool"), anchor.worker(), anchor.worker()
     assert first.ask("client.lease(1)") == "None"
     assert tool.status().lease.pid == first.pid
-    assert second.ask("client.lease(1)").startswith(
-        f"LeaseHeld process {first.pid} is the worker of {DEVICE}"
-    )
+    assert second.ask("client.lease(1)").startswith(f"LeaseHeld process {first.pid} is the worker of {DEVICE}")
     assert first.ask("client.lease(2)") == "None"  # renewed
     assert tool.status().lease.epoch == 2
     assert second.ask("client.lease(1)").startswith("StaleEpoch")
@@ -429,9 +427,7 @@ def test_a_lease_ends_with_its_connection(anchor: Running) -> None:
 def test_a_lease_ends_with_its_process_even_if_a_child_holds_the_connection(anchor: Running) -> None:
     tool, worker = anchor.connect("tool"), anchor.worker()
     worker.ask("client.lease(1)")
-    assert (
-        int(worker.ask("os.fork() or (os.read(0, 1), os._exit(0))")) > 0
-    )  # the child lives as long as the pipe
+    assert int(worker.ask("os.fork() or (os.read(0, 1), os._exit(0))")) > 0  # the child lives as long as the pipe
     process.kill(worker.pidfd, signal.SIGKILL)
     until(lambda: tool.status().lease is None)
 

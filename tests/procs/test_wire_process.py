@@ -60,9 +60,7 @@ def no_leaks() -> Iterator[None]:
 def peer() -> Iterator[tuple[Channel, subprocess.Popen]]:
     ours, theirs = socket.socketpair()
     with theirs:
-        child = subprocess.Popen(
-            [sys.executable, "-c", PEER, str(theirs.fileno())], pass_fds=[theirs.fileno()]
-        )
+        child = subprocess.Popen([sys.executable, "-c", PEER, str(theirs.fileno())], pass_fds=[theirs.fileno()])
     with Channel(ours, Say) as channel, child:
         yield channel, child
         channel.close()

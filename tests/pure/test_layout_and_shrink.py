@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -92,11 +93,7 @@ def test_initial_layout_follows_speeds(case, data):
         total = units.num_units[family]
         slowest = max(len(s[family]) / speeds[s.device] for s in layout.shards)
         # No single unit moved elsewhere would make the slowest device faster.
-        assert all(
-            (len(s[family]) + 1) / speeds[s.device] >= slowest - 1e-9
-            for s in layout.shards
-            if total > 0
-        )
+        assert all((len(s[family]) + 1) / speeds[s.device] >= slowest - 1e-9 for s in layout.shards if total > 0)
 
 
 def test_degree_above_the_q_heads_is_refused_with_the_numbers():
@@ -146,9 +143,7 @@ def test_any_sequence_of_losses(case, rng: random.Random):
         for family in FAMILIES:
             if family != KV:
                 assert spread(plan.after, family) <= 1
-                arrived = [
-                    len(plan.after[d][family]) - len(survivors[d][family]) for d in plan.after.devices
-                ]
+                arrived = [len(plan.after[d][family]) - len(survivors[d][family]) for d in plan.after.devices]
                 assert max(arrived) - min(arrived) <= 2  # even links, as even as the widths were
         layout = plan.after
 
@@ -269,7 +264,7 @@ def test_weight_addresses_never_overlap(case, data):
             assert first[0] == addresses.offset(tensor.key, layer) and first[0] % 4096 == 0
             taken.append((first[0], last[1]))
     taken.sort()
-    assert all(a[1] <= b[0] for a, b in zip(taken, taken[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in pairwise(taken))
     assert taken[-1][1] <= addresses.reserved_bytes
     family = data.draw(st.sampled_from(FAMILIES))
     start = data.draw(st.integers(0, units.num_units[family]))
@@ -284,7 +279,7 @@ def test_kv_addresses_never_overlap(config, block_size, num_blocks, data):
     stop = data.draw(st.integers(0, config.num_kv_heads))
     last = data.draw(st.integers(0, num_blocks))
     ranges = sorted(addresses.slot_ranges(0, stop, 0, last))
-    assert all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:], strict=False))
+    assert all(a[1] <= b[0] for a, b in pairwise(ranges))
     assert sum(b - a for a, b in ranges) == stop * last * addresses.block_bytes
     assert not ranges or ranges[-1][1] <= addresses.reserved_bytes
 

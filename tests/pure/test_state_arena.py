@@ -120,9 +120,7 @@ def test_decommit_gives_back_whole_pages_and_keeps_their_neighbours(
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(0, NUM_PAGES - 1)), st.lists(ranges, max_size=3))
-def test_scribbling_hits_what_is_committed_and_commits_nothing(
-    used: list[int], hit: list[tuple[int, int]]
-) -> None:
+def test_scribbling_hits_what_is_committed_and_commits_nothing(used: list[int], hit: list[tuple[int, int]]) -> None:
     with MemfdArena.create("kv", SIZE) as arena, arena.map() as memory:
         committed, content = IntervalSet(), bytearray(SIZE)
         for page in used:

@@ -39,9 +39,7 @@ SOON_S = 10.0
 def open_fds() -> list[str]:
     """What every descriptor of this process is open on."""
     listed = os.listdir("/proc/self/fd")
-    return sorted(
-        os.readlink(f"/proc/self/fd/{fd}") for fd in listed if os.path.lexists(f"/proc/self/fd/{fd}")
-    )
+    return sorted(os.readlink(f"/proc/self/fd/{fd}") for fd in listed if os.path.lexists(f"/proc/self/fd/{fd}"))
 
 
 @pytest.fixture(autouse=True)
