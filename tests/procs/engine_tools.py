@@ -327,6 +327,14 @@ def wait_dead(pid: int, timeout_s: float = DEADLINE_S) -> None:
         os.close(pidfd)
 
 
+def wait_state(pid: int, state: str, timeout_s: float = DEADLINE_S) -> None:
+    """A signal is sent before it is delivered: the process may run on for a moment on another core."""
+    deadline_s = time.monotonic() + timeout_s
+    while state_of(pid) != state:
+        assert time.monotonic() < deadline_s, f"process {pid} is in state {state_of(pid)}, not {state}"
+        os.sched_yield()
+
+
 def state_of(pid: int) -> str:
     """As in /proc: R, S, T (stopped), Z (zombie); "" if there is none."""
     try:

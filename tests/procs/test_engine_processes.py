@@ -15,7 +15,7 @@ from tests.procs.engine_tools import (
     processes_naming,
     prompt_of,
     running_engine,
-    state_of,
+    wait_state,
     wait_dead,
 )
 from tests.tiny_model import write_model
@@ -250,7 +250,7 @@ def test_stopping_while_a_worker_hangs(folder):
         streams = driver.speak(2, 400)
         pid = driver.worker_pid("cpu:1")
         driver.inject("cpu:1", "hang")
-        assert state_of(pid) == "T"
+        wait_state(pid, "T")
         driver.engine.stop()
         for stream in streams:
             assert (stream.wait_end(), stream.error) == ("error", "the engine stopped")
