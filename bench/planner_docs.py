@@ -21,8 +21,7 @@ from anchortp.cli.plan import PlanOptions, build_problem
 from anchortp.cli.plan_plot import draw
 from anchortp.cli.plan_view import duration, size
 from anchortp.errors import CapacityError
-from anchortp.plan import POLICIES, Row, compare
-from anchortp.plan.shapes import PAPER_MODELS
+from anchortp.plan import PAPER_MODELS, POLICIES, SHAPES, Row, compare, preset
 from bench.common import finish
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -94,12 +93,19 @@ def _table(found: Sequence[Case]) -> str:
     lines.append("|---|---|---|--:|--:|--:|--:|--:|")
     for case in found:
         if case.refused:
-            lines.append(f"| {case.model} | {case.change} | refused | {case.refused} |||||")
+            lines.append(f"| {case.model} | {case.change} | refused | {_refusal(case)} |||||")
             continue
         for number, policy in enumerate(POLICIES):
             head = f"{case.model} | {case.change} ({len(case.losses)})" if number == 0 else " | "
             lines.append(f"| {head} | {policy} | {' | '.join(_cells(case, policy))} |")
     return "\n".join(lines)
+
+
+def _refusal(case: Case) -> str:
+    memory = min(place.memory_bytes or 0 for place in preset(case.topology).places if place.kind == "device")
+    share = SHAPES[case.model].total_bytes / case.num_after
+    assert share > memory, f"{case.model} {case.change} was refused for another reason: {case.refused}"
+    return f"{size(share)} of weights a device, {size(memory)} of memory"
 
 
 def _cells(case: Case, policy: str) -> list[str]:
@@ -121,9 +127,7 @@ def _median_worst(values: Sequence[float], show: Callable[[float], str]) -> str:
 
 def _gain(found: Sequence[Case], policy: str) -> tuple[float, float, float]:
     """How many times as long as with `makespan` the move takes: least, median, most over all losses."""
-    ratios = [
-        rows[policy].predicted_s / rows["makespan"].predicted_s for case in found for rows in case.losses
-    ]
+    ratios = [rows[policy].predicted_s / rows["makespan"].predicted_s for case in found for rows in case.losses]
     return min(ratios), statistics.median(ratios), max(ratios)
 
 
@@ -168,7 +172,7 @@ anchortp topology measure --output here.yaml           # this machine
 | policy | what it does | source |
 |---|---|---|
 | `reload` | drops everything and loads the new shards whole | restart-and-reload, the usual baseline |
-| `greedy` | new contiguous intervals; keeps its own overlap, reloads the rest | the paper's naive baseline |
+| `greedy` | contiguous intervals; keeps its own overlap, reloads the rest | baseline in the paper |
 | `cmm` | the same intervals; copies what survivors hold, reloads what is left | the paper, arXiv 2511.11617 |
 | `units` | sets of units: loads the lost bytes, evenly, copies nothing else | design, ideas 3 and 4 |
 | `makespan` | sets of units; destination, source and route so that the last device is ready first | the default |
@@ -177,8 +181,8 @@ anchortp topology measure --output here.yaml           # this machine
 _SAYS = """
 ## What the numbers say
 
-{num_losses} losses: the four models of the paper, every loss of two devices of four, of one and of two of eight.
-How many times as long as with `makespan` the same change takes (least / median / most over all losses):
+{num_losses} cases: the four models of the paper, every loss of two devices of four, of one and of two of eight, on both
+machines. How many times as long as with `makespan` the same change takes (least / median / most over all losses):
 
 {table}
 
@@ -201,11 +205,12 @@ _SILENCE = """
 - **Bandwidths are assumptions**: nominal figures of the makers times 0.85; `plan/topology.py` names the sources.
   The page cache holds the checkpoint; a host whose loader reaches 1.4 GB/s, as the paper's does, waits for its
   loader whatever the planner does, and there the bytes loaded are what counts.
-- `cmm` and `greedy` are played on the best routes that the topology has, which the paper does not promise; it
-  looks at neither reachability nor bandwidth. Losses of its intervals' middle and end differ, hence median and
-  worst.
-- Experts move as whole units, so a layer with few experts (Mixtral: 8) cannot be cut evenly over 7 devices; the
-  busiest device then has one expert more in some layers, under every policy.
+- Every device here has a way of its own to the host, so `cmm` is hardly faster than `greedy`: both wait for the
+  device whose new interval holds most of what was lost. What `cmm` saves, bytes from the host, pays where loading is
+  slow and shared.
+- `cmm` takes the quickest way that the topology has; the paper looks at neither reachability nor bandwidth.
+- Experts move as whole units. Mixtral has 8 a layer, so on 7 devices one of them has two in every layer; widths are
+  even over all layers together, under every policy.
 - "Refused" means what it says: so much of the model does not fit in the memory that is left.
 """
 

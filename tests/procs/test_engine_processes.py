@@ -15,8 +15,8 @@ from tests.procs.engine_tools import (
     processes_naming,
     prompt_of,
     running_engine,
-    wait_state,
     wait_dead,
+    wait_state,
 )
 from tests.tiny_model import write_model
 

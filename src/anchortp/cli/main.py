@@ -192,6 +192,85 @@ def demo(
     )
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Built-in name, model folder or config.json; no weights are needed.")],
+    num_before: Annotated[
+        int | None, typer.Option("--from", min=1, help="Devices of the old group. Default: all of the topology.")
+    ] = None,
+    num_after: Annotated[
+        int | None, typer.Option("--to", min=1, help="Devices of the new group. Default: those that are left.")
+    ] = None,
+    lost: Annotated[str, typer.Option(help="Devices whose memory is gone, by rank or name, as 3,5.")] = "",
+    topology: Annotated[
+        str, typer.Option(help="YAML file, preset (mi210-2x4, dgx-h100, pcie-4, 2-nodes-8, local) or cluster-NxM.")
+    ] = "mi210-2x4",
+    policy: Annotated[
+        str, typer.Option(help="The plan to detail: makespan, units, cmm, greedy or reload.")
+    ] = "makespan",
+    speed: Annotated[list[str] | None, typer.Option(help="Relative speed of a device, as 0=2.0; repeat.")] = None,
+    memory: Annotated[
+        list[str] | None, typer.Option(help="GB that a device can hold, as 48 for all or 3=32; repeat.")
+    ] = None,
+    kv_tokens: Annotated[int, typer.Option(min=0, help="Tokens in the KV cache, which moves as well.")] = 0,
+    kv_mirror: Annotated[str, typer.Option(help="Places that hold a mirror of the KV cache, as host.")] = "",
+    weights_at: Annotated[str, typer.Option(help="Places to load weights from, instead of the topology's.")] = "",
+    explain: Annotated[
+        str | None, typer.Option(help="Say where one unit comes from: attention:5, kv:2, expert:12.3 (layer.expert).")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw transfers per link over time into this PNG.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,
+) -> None:
+    """Show what a change of devices moves and how long it takes, under every planner."""
+    from anchortp.cli import plan as planner
+
+    options = planner.PlanOptions(
+        model=model,
+        num_before=num_before,
+        num_after=num_after,
+        lost=lost,
+        topology=topology,
+        policy=policy,
+        speeds=tuple(speed or ()),
+        memory=tuple(memory or ()),
+        kv_tokens=kv_tokens,
+        kv_mirror=kv_mirror,
+        weights_at=weights_at,
+    )
+    planner.run(options, json_output=json_output, plot=plot, explain_unit=explain)
+
+
+topology_app = typer.Typer(help="Devices and links: show a topology, or measure this machine.", no_args_is_help=True)
+app.add_typer(topology_app, name="topology")
+
+
+@topology_app.command("show")
+def topology_show(
+    name: Annotated[str, typer.Argument(help="Preset, cluster-NxM, or YAML file.")],
+    yaml_output: Annotated[bool, typer.Option("--yaml", help="As a file that --topology reads.")] = False,
+) -> None:
+    """Show places and links."""
+    from anchortp.cli import topology as topologies
+
+    topologies.show(name, yaml_output=yaml_output)
+
+
+@topology_app.command("measure")
+def topology_measure(
+    output: Annotated[Path | None, typer.Option(help="Write the YAML here instead of to stdout.")] = None,
+    devices: Annotated[int, typer.Option(min=1, help="Virtual devices of the topology.")] = 4,
+    size: Annotated[str, typer.Option(help="Bytes to copy and to read at a time.")] = "256M",
+    folder: Annotated[Path | None, typer.Option(help="Where to put the file that is read.")] = None,
+) -> None:
+    """Measure this machine's memory and disk, and write them as the topology `local`."""
+    from anchortp.cli import topology as topologies
+    from anchortp.cli.serving import parse_bytes
+
+    size_bytes = parse_bytes(size)
+    assert size_bytes is not None
+    topologies.measure(output, num_devices=devices, size_bytes=size_bytes, folder=folder)
+
+
 def main() -> None:
     """Entry point: errors of ours are one line on stderr and exit status 2 (1 for all others)."""
     try:

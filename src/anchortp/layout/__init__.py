@@ -6,12 +6,16 @@ from anchortp.layout.layout import (
     Shard,
     check_devices,
     empty_shard,
+    group_widths,
     initial_layout,
     shard_from_dict,
+    width_bounds,
     widths,
 )
 from anchortp.layout.units import (
     ATTENTION,
+    EVERY_FAMILY,
+    EXPERT,
     FAMILIES,
     KV,
     MLP,
@@ -19,12 +23,15 @@ from anchortp.layout.units import (
     ModelUnits,
     ReplicatedTensor,
     Source,
+    UnitCatalog,
     UnitTensor,
     model_units,
 )
 
 __all__ = [
     "ATTENTION",
+    "EVERY_FAMILY",
+    "EXPERT",
     "FAMILIES",
     "KV",
     "MLP",
@@ -36,12 +43,15 @@ __all__ = [
     "ReplicatedTensor",
     "Shard",
     "Source",
+    "UnitCatalog",
     "UnitTensor",
     "WeightAddresses",
     "check_devices",
     "empty_shard",
+    "group_widths",
     "initial_layout",
     "model_units",
     "shard_from_dict",
+    "width_bounds",
     "widths",
 ]

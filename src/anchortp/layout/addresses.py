@@ -77,7 +77,6 @@ class WeightAddresses:
                 for layer in range(self.units.num_copies(tensor)):
                     yield (self.block(tensor, layer, start)[0], self.block(tensor, layer, stop - 1)[1])
 
-
     def committed_bytes(self, shard: Shard) -> int:
         """Bytes of the pages that the shard's slots and the replicated tensors touch: what a budget counts."""
         total = _align(self.replicated_range[1])

@@ -6,27 +6,33 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from anchortp.errors import ConfigError, DoesNotFit
-from anchortp.layout.units import ATTENTION, FAMILIES, KV, ModelUnits
+from anchortp.layout.units import ATTENTION, EVERY_FAMILY, EXPERT, FAMILIES, KV, UnitCatalog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """What one device holds: per family (in the order of `FAMILIES`) its units in slot order."""
+    """What one device holds: per family its units in slot order.
+
+    `slots` goes by the order of `EVERY_FAMILY`; the experts' entry is there only if the device holds some.
+    """
 
     device: str
     slots: tuple[tuple[int, ...], ...]
 
     def __getitem__(self, family: str) -> tuple[int, ...]:
-        return self.slots[FAMILIES.index(family)]
+        index = EVERY_FAMILY.index(family)
+        return self.slots[index] if index < len(self.slots) else ()
 
     def appended(self, family: str, units: Iterable[int]) -> Shard:
         """The shard with `units` in the next free slots of `family`; what is there stays where it is."""
-        index = FAMILIES.index(family)
-        grown = (*self.slots[index], *units)
+        index = EVERY_FAMILY.index(family)
+        grown = (*self[family], *units)
+        if index >= len(self.slots) and not grown:
+            return self
         return replace(self, slots=(*self.slots[:index], grown, *self.slots[index + 1 :]))
 
     def as_dict(self) -> dict[str, list[int]]:
-        return {family: list(units) for family, units in zip(FAMILIES, self.slots, strict=True)}
+        return {family: list(units) for family, units in zip(EVERY_FAMILY, self.slots, strict=False)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,20 +70,20 @@ class Layout:
         """Units of `family` that at least one device holds."""
         return {unit for shard in self.shards for unit in shard[family]}
 
-    def weight_bytes(self, units: ModelUnits, device: str) -> int:
+    def weight_bytes(self, units: UnitCatalog, device: str) -> int:
         """Bytes of weights on `device`, replicated tensors included."""
         shard = self[device]
-        return units.replicated_bytes + sum(len(shard[f]) * units.unit_bytes[f] for f in FAMILIES)
+        return units.replicated_bytes + sum(len(shard[f]) * size for f, size in units.unit_bytes.items())
 
-    def check(self, units: ModelUnits) -> None:
+    def check(self, units: UnitCatalog) -> None:
         """Asserts what every complete layout promises: nothing missing, nothing twice on one device, one holder
-        for all but KV heads, and beside every q head the KV head that it reads."""
-        for family in FAMILIES:
-            total = units.num_units[family]
+        for all but KV heads and experts, and beside every q head the KV head that it reads."""
+        for family in EVERY_FAMILY:
+            total = units.num_units.get(family, 0)
             assert self.held(family) == set(range(total)), f"{family}: units are missing or unknown"
             for shard in self.shards:
                 assert len(set(shard[family])) == len(shard[family]), f"{shard.device}: {family} unit twice"
-            if family != KV:
+            if family not in (KV, EXPERT):
                 assert sum(len(s[family]) for s in self.shards) == total, f"{family}: a unit has two holders"
         for shard in self.shards:
             needed = {units.kv_head_of(q) for q in shard[ATTENTION]}
@@ -89,19 +95,21 @@ def empty_shard(device: str) -> Shard:
 
 
 def shard_from_dict(device: str, slots: Mapping[str, Sequence[int]]) -> Shard:
-    return Shard(device=device, slots=tuple(tuple(slots[family]) for family in FAMILIES))
+    """The shard whose units per family are `slots`; experts may be left out."""
+    shard = Shard(device=device, slots=tuple(tuple(slots[family]) for family in FAMILIES))
+    return shard.appended(EXPERT, slots.get(EXPERT, ()))
 
 
-def initial_layout(
-    units: ModelUnits, devices: Sequence[str], speeds: Mapping[str, float] | None = None
-) -> Layout:
-    """Cuts every family into contiguous intervals in rank order, even to within one unit, or by `speeds`
-    (relative; a missing device counts 1.0). A device gets the KV heads that its q heads read.
+def initial_layout(units: UnitCatalog, devices: Sequence[str], speeds: Mapping[str, float] | None = None) -> Layout:
+    """Cuts every family (experts: of each layer) into contiguous intervals in rank order, even to within one
+    unit, or by `speeds` (relative; a missing device counts 1.0). A device gets the KV heads that its q heads
+    read.
 
     Raises DoesNotFit above one device per q head, ConfigError for doubled devices or speeds that are not > 0.
     """
     check_devices(units, devices, speeds)
     shards = {device: empty_shard(device) for device in devices}
+    experts = _initial_experts(units, devices, speeds)
     for family in FAMILIES:
         if family == KV:
             continue
@@ -111,18 +119,30 @@ def initial_layout(
             start += width
     for device, shard in shards.items():
         heads = sorted({units.kv_head_of(q) for q in shard[ATTENTION]})
-        shards[device] = shard.appended(KV, heads)
+        shards[device] = shard.appended(KV, heads).appended(EXPERT, experts[device])
     return Layout(shards=tuple(shards.values()))
 
 
-def check_devices(units: ModelUnits, devices: Sequence[str], speeds: Mapping[str, float] | None) -> None:
+def _initial_experts(
+    units: UnitCatalog, devices: Sequence[str], speeds: Mapping[str, float] | None
+) -> dict[str, list[int]]:
+    result: dict[str, list[int]] = {device: [] for device in devices}
+    start = 0
+    for cut in group_widths(units.num_units.get(EXPERT, 0), units.num_groups(EXPERT), devices, speeds):
+        for device, width in cut.items():
+            result[device].extend(range(start, start + width))
+            start += width
+    return result
+
+
+def check_devices(units: UnitCatalog, devices: Sequence[str], speeds: Mapping[str, float] | None) -> None:
     """The errors that `initial_layout` documents."""
     if not devices or len(set(devices)) != len(devices):
         raise ConfigError(f"devices {list(devices)}: name at least one, each once.")
-    if len(devices) > units.config.num_q_heads:
+    num_heads = units.num_units[ATTENTION]
+    if len(devices) > num_heads:
         raise DoesNotFit(
-            f"{len(devices)} devices, but the model has {units.config.num_q_heads} q heads; "
-            f"use at most {units.config.num_q_heads} devices."
+            f"{len(devices)} devices, but the model has {num_heads} q heads; use at most {num_heads} devices."
         )
     for device, speed in (speeds or {}).items():
         if not speed > 0:
@@ -141,9 +161,52 @@ def widths(
     the slowest device's time (width over speed) minimal; with equal speeds the widths end within one unit of
     each other whenever those in `held` began so.
     """
-    result = {device: (held or {}).get(device, 0) for device in devices}
     speed = {device: (speeds or {}).get(device, 1.0) for device in devices}
+    if held is None:
+        # Whoever serves so never gets less than the whole part of its share: begin there, not at nothing.
+        unit = total / sum(speed.values())
+        held = {device: max(0, int(unit * speed[device] - 1e-6)) for device in devices}
+    result = {device: held.get(device, 0) for device in devices}
     for _ in range(total - sum(result.values())):
         best = min(devices, key=lambda d: (result[d] + 1) / speed[d])
         result[best] += 1
     return result
+
+
+def group_widths(
+    total: int, num_groups: int, devices: Sequence[str], speeds: Mapping[str, float] | None = None
+) -> list[dict[str, int]]:
+    """`total` units in `num_groups` equal groups, each spread over the devices as `widths` would, where the
+    units that do not divide evenly go to the devices that have had the least (for their speed) so far."""
+    if not total:
+        return []
+    assert total % num_groups == 0, f"{total} units do not fall into {num_groups} equal groups"
+    per_group = total // num_groups
+    so_far = dict.fromkeys(devices, 0)
+    result = []
+    for _ in range(num_groups):
+        low, high = width_bounds(per_group, devices, speeds)
+        cut = dict(low)
+        for _ in range(per_group - sum(cut.values())):
+            open_to = [d for d in devices if cut[d] < high[d]]
+            best = min(open_to, key=lambda d: (so_far[d] + cut[d] + 1) / (speeds or {}).get(d, 1.0))
+            cut[best] += 1
+        for device, width in cut.items():
+            so_far[device] += width
+        result.append(cut)
+    return result
+
+
+def width_bounds(
+    total: int, devices: Sequence[str], speeds: Mapping[str, float] | None = None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The fewest and the most units each device may have in a balanced layout: never less than the whole part of
+    its share, and never so many that it would be slower than the slowest device of the best split. With equal
+    speeds these are the share rounded down and up: widths within one unit of each other."""
+    best = widths(total, devices, speeds)
+    speed = {device: (speeds or {}).get(device, 1.0) for device in devices}
+    slowest = max((width / speed[device] for device, width in best.items()), default=0.0)
+    unit = total / sum(speed.values())
+    low = {d: min(best[d], int(unit * speed[d] + 1e-6)) for d in devices}
+    high = {d: max(best[d], int(slowest * speed[d] + 1e-6)) for d in devices}
+    return low, high

@@ -8,15 +8,39 @@ along their columns in a checkpoint and stored transposed, so that here too a sh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, Protocol
 
 from anchortp.config import ModelConfig
 
 ATTENTION, KV, MLP, VOCAB = "attention", "kv", "mlp", "vocab"
 FAMILIES = (ATTENTION, KV, MLP, VOCAB)
+EXPERT = "expert"
+# A mixture of experts has one family more. Its unit is one expert of one layer: layer * num_experts + expert.
+EVERY_FAMILY = (*FAMILIES, EXPERT)
 MAX_BLOCK = 64  # columns of an MLP block, rows of a vocabulary block: a size that matmul kernels like
+
+
+class UnitCatalog(Protocol):
+    """What a layout or a plan must know about a model: how many units of which size. `ModelUnits` is one; a
+    family that a model lacks has 0 units or is not in the mappings."""
+
+    @property
+    def num_units(self) -> Mapping[str, int]: ...
+
+    @property
+    def unit_bytes(self) -> Mapping[str, int]: ...
+
+    @property
+    def replicated_bytes(self) -> int: ...
+
+    def num_groups(self, family: str) -> int:
+        """Into how many equal runs of units a family falls that are spread over the devices one by one: one per
+        layer for experts, since the slowest device of *each* layer is waited for; 1 for all others."""
+
+    def kv_head_of(self, q_head: int) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,9 +125,7 @@ class ModelUnits:
         if not c.tie_embeddings:
             vocab["lm_head"] = "lm_head.weight"
         for key, name in vocab.items():
-            tensors.append(
-                UnitTensor(key=key, family=VOCAB, rows=vb, parts=(rows(name, vb),), per_layer=False)
-            )
+            tensors.append(UnitTensor(key=key, family=VOCAB, rows=vb, parts=(rows(name, vb),), per_layer=False))
         return tuple(tensors)
 
     @cached_property
@@ -151,6 +173,9 @@ class ModelUnits:
     def total_bytes(self) -> int:
         sharded = sum(self.num_units[f] * self.unit_bytes[f] for f in FAMILIES)
         return sharded + self.replicated_bytes
+
+    def num_groups(self, family: str) -> int:
+        return 1
 
     def kv_head_of(self, q_head: int) -> int:
         """The KV head (unit of family kv) that q head reads."""

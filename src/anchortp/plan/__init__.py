@@ -1,6 +1,62 @@
-"""What must move: plans as values, and the policies that make them. Pure: no torch, no IO, no clock."""
+"""What must move: problems, plans as values, the policies that make them, and what they cost. Pure: no torch, no
+IO, no clock. (numpy is imported by the first plan that needs it, not with this package.)"""
 
-from anchortp.plan.plan import FromHost, FromPeer, Move, Plan, moves_between
+from anchortp.plan.bound import Bound, lower_bound
+from anchortp.plan.compare import Row, compare
+from anchortp.plan.cost import Busy, Critical, Flow, Timeline, predict
+from anchortp.plan.explain import explain
+from anchortp.plan.plan import PLANE, REPLICATED, Drop, FromHost, FromPeer, Move, Plan, moves_between
+from anchortp.plan.policies import POLICIES, Policy, makespan
+from anchortp.plan.problem import Problem
+from anchortp.plan.shapes import PAPER_MODELS, SHAPES, Shape, shape, shape_from_config
 from anchortp.plan.shrink import fill_plan, shrink_plan
+from anchortp.plan.topology import (
+    PRESETS,
+    Link,
+    Place,
+    Topology,
+    TopologyError,
+    local,
+    parse_topology,
+    preset,
+)
 
-__all__ = ["FromHost", "FromPeer", "Move", "Plan", "fill_plan", "moves_between", "shrink_plan"]
+__all__ = [
+    "PAPER_MODELS",
+    "PLANE",
+    "POLICIES",
+    "PRESETS",
+    "REPLICATED",
+    "SHAPES",
+    "Bound",
+    "Busy",
+    "Critical",
+    "Drop",
+    "Flow",
+    "FromHost",
+    "FromPeer",
+    "Link",
+    "Move",
+    "Place",
+    "Plan",
+    "Policy",
+    "Problem",
+    "Row",
+    "Shape",
+    "Timeline",
+    "Topology",
+    "TopologyError",
+    "compare",
+    "explain",
+    "fill_plan",
+    "local",
+    "lower_bound",
+    "makespan",
+    "moves_between",
+    "parse_topology",
+    "predict",
+    "preset",
+    "shape",
+    "shape_from_config",
+    "shrink_plan",
+]

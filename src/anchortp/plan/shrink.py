@@ -12,12 +12,11 @@ from collections.abc import Collection, Mapping
 
 from anchortp.errors import DoesNotFit
 from anchortp.layout import ATTENTION, FAMILIES, KV, Layout, ModelUnits, empty_shard, initial_layout, widths
+from anchortp.plan.heads import assign_heads
 from anchortp.plan.plan import Plan, moves_between
 
 
-def fill_plan(
-    units: ModelUnits, devices: tuple[str, ...], speeds: Mapping[str, float] | None = None
-) -> Plan:
+def fill_plan(units: ModelUnits, devices: tuple[str, ...], speeds: Mapping[str, float] | None = None) -> Plan:
     """The first load: from empty devices to the initial layout. Raises as `initial_layout` does."""
     before = Layout(shards=tuple(empty_shard(device) for device in devices))
     after = initial_layout(units, devices, speeds)
@@ -99,67 +98,11 @@ def _assign(
 def _assign_heads(
     units: ModelUnits, survivors: Layout, missing: list[int], free: dict[str, int]
 ) -> dict[str, list[int]]:
-    """q heads to survivors with `free` places, opening few new (device, KV head) pairs.
-
-    First the largest matching of heads to devices that hold their KV head already. What is left opens a pair
-    each time, the largest group into the largest gap, so each opening fills a gap or ends a group.
-    """
     groups: dict[int, list[int]] = {}
     for head in missing:
         groups.setdefault(units.kv_head_of(head), []).append(head)
     near = {g: [s.device for s in survivors.shards if g in s[KV]] for g in groups}
-    matched = _match({g: len(heads) for g, heads in groups.items()}, near, free)
-    result: dict[str, list[int]] = {device: [] for device in free}
-    room = dict(free)
-
-    def give(group: int, device: str, count: int) -> None:
-        for _ in range(count):
-            result[device].append(groups[group].pop(0))
-        room[device] -= count
-
-    for (group, device), count in sorted(matched.items()):
-        give(group, device, count)
-    while any(groups.values()):
-        exact = [
-            (g, d) for g, heads in groups.items() if heads for d in room if room[d] == len(heads)
-        ]
-        if exact:
-            group, device = exact[0]
-        else:
-            group = max(groups, key=lambda g: len(groups[g]))
-            device = max(room, key=lambda d: room[d])
-        give(group, device, min(len(groups[group]), room[device]))
-    return {device: sorted(heads) for device, heads in result.items()}
-
-
-def _match(
-    supply: Mapping[int, int], near: Mapping[int, list[str]], free: Mapping[str, int]
-) -> Counter[tuple[int, str]]:
-    """The largest assignment of `supply[g]` heads to devices in `near[g]` within `free`: augmenting paths."""
-    flow: Counter[tuple[int, str]] = Counter()
-    used: Counter[str] = Counter()
-
-    def augment(group: int, seen: set[str]) -> bool:
-        for device in near[group]:
-            if device in seen:
-                continue
-            seen.add(device)
-            if used[device] < free[device]:
-                used[device] += 1
-                flow[group, device] += 1
-                return True
-            for other in [g for (g, d), n in flow.items() if d == device and n and g != group]:
-                if augment(other, seen):
-                    flow[other, device] -= 1
-                    flow[group, device] += 1
-                    return True
-        return False
-
-    for group, count in supply.items():
-        for _ in range(count):
-            if not augment(group, set()):
-                break
-    return +flow
+    return assign_heads(groups, near, free)
 
 
 def _reasons(units: ModelUnits, plan: Plan, lost: Collection[str]) -> tuple[str, ...]:

@@ -1,0 +1,129 @@
+"""Small changes to a placement that balance allows: which odd unit could be received by another device instead.
+
+Used by the `makespan` policy. A change is a unit of one family that goes to device b instead of a, or that together
+with a unit of another family that goes to a instead of b. What it gains is estimated with the prices of the links:
+a byte that is delivered at b instead of a costs `far[b] - far[a]` less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+from anchortp.layout import ATTENTION, EXPERT, KV
+from anchortp.plan.placement import Placement, Share, kv_after
+from anchortp.plan.problem import Problem
+
+
+@dataclass(frozen=True, slots=True)
+class Shift:
+    """One unit of `family`, now to be received by device `a`, is received by `b`. `which`: the share (an index), or
+    the q head."""
+
+    family: str
+    a: str
+    b: str
+    which: int
+    gain: float
+
+
+Change = tuple[Shift, ...]
+
+
+def changes(problem: Problem, placement: Placement, far: Mapping[str, float], aim: float) -> list[Change]:
+    """All single shifts and pairs that should gain something, those first whose gain is nearest to `aim`.
+
+    `far`: seconds per byte to each device, by the present prices; `aim`: seconds to be gained.
+    """
+    shifts: dict[tuple[str, str], list[Shift]] = {}
+    for family in problem.families:
+        if family != KV:
+            for shift in _family_shifts(problem, placement, family, far):
+                shifts.setdefault((shift.a, shift.b), []).append(shift)
+    found: list[tuple[float, Change]] = []
+    for (a, b), there in shifts.items():
+        for shift in there:
+            if shift.gain > 0:
+                found.append((shift.gain, (shift,)))
+            for back in shifts.get((b, a), ()):
+                gain = shift.gain + back.gain
+                if back.family != shift.family and shift.gain > 0 and gain > 0:
+                    found.append((gain, (shift, back)))
+    found.sort(key=lambda item: abs(item[0] - aim))
+    return [change for _, change in found]
+
+
+def changed(problem: Problem, placement: Placement, change: Change) -> Placement:
+    """The placement after the change; `placement` itself stays as it is."""
+    for shift in change:
+        if shift.family == ATTENTION:
+            placement = _with_head_moved(problem, placement, shift)
+        else:
+            share = placement.shares[shift.which]
+            incoming = share.incoming | {
+                shift.a: share.incoming[shift.a] - 1,
+                shift.b: share.incoming[shift.b] + 1,
+            }
+            shares = list(placement.shares)
+            shares[shift.which] = replace(share, incoming=incoming)
+            placement = replace(placement, shares=shares)
+    return placement
+
+
+def _with_head_moved(problem: Problem, placement: Placement, shift: Shift) -> Placement:
+    heads = dict(placement.heads)
+    heads[shift.a] = [head for head in heads[shift.a] if head != shift.which]
+    heads[shift.b] = sorted([*heads[shift.b], shift.which])
+    kept_kv, kv = kv_after(problem, placement.kept[ATTENTION], heads)
+    return replace(placement, heads=heads, kept=placement.kept | {KV: kept_kv}, kv=kv)
+
+
+def _family_shifts(problem: Problem, placement: Placement, family: str, far: Mapping[str, float]) -> Iterator[Shift]:
+    """For each ordered pair of devices at most one shift of a unit of the family (of q heads: one per KV group)."""
+    if family == ATTENTION:
+        yield from _head_shifts(problem, placement, far)
+        return
+    shares = [(i, share) for i, share in enumerate(placement.shares) if share.family == family]
+    givers, takers = _open_ends(problem, placement, family, [share for _, share in shares])
+    size = problem.size(family)
+    for a in givers:
+        for b in takers:
+            if a != b and far[a] != far[b]:
+                which = next((i for i, s in shares if _can_shift(s, a, b)), None)
+                if which is not None:
+                    yield Shift(family, a, b, which, size * (far[a] - far[b]))
+
+
+def _can_shift(share: Share, a: str, b: str) -> bool:
+    return share.incoming[a] > share.least[a] and share.incoming[b] < share.most[b]
+
+
+def _open_ends(problem: Problem, placement: Placement, family: str, shares: list[Share]) -> tuple[list[str], list[str]]:
+    """Devices that may end with one unit less, and with one more, over all layers together."""
+    if family != EXPERT:
+        return list(problem.devices), list(problem.devices)
+    width = {d: len(placement.kept[family][d]) + sum(s.incoming[d] for s in shares) for d in problem.devices}
+    low, high = problem.total_bounds(family, placement.sizes(family))
+    return [d for d in width if width[d] > low[d]], [d for d in width if width[d] < high[d]]
+
+
+def _head_shifts(problem: Problem, placement: Placement, far: Mapping[str, float]) -> Iterator[Shift]:
+    kept, heads = placement.kept[ATTENTION], placement.heads
+    width = {d: len(kept[d]) + len(heads[d]) for d in problem.devices}
+    low, high = problem.bounds(problem.num_heads)
+    size, kv_size = problem.size(ATTENTION), _kv_size(problem)
+    for a in problem.devices:
+        one_each = {problem.units.kv_head_of(head): head for head in heads[a]}
+        for group, head in one_each.items() if width[a] > low[a] else ():
+            alone = sum(problem.units.kv_head_of(h) == group for h in (*kept[a], *heads[a])) == 1
+            closes = kv_size * far[a] if alone and group in placement.kv[a] else 0.0
+            for b in problem.devices:
+                if a == b or width[b] >= high[b] or far[a] == far[b]:
+                    continue
+                there = group in placement.kv[b] or group in placement.kept.get(KV, {}).get(b, ())
+                opens = 0.0 if there else kv_size * far[b]
+                yield Shift(ATTENTION, a, b, head, size * (far[a] - far[b]) + closes - opens)
+
+
+def _kv_size(problem: Problem) -> int:
+    return problem.size(KV) + problem.plane_bytes if KV in problem.families else 0

@@ -1,0 +1,120 @@
+"""`makespan`: the last device is ready as early as the links allow. The planner to use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from anchortp.layout import EXPERT
+from anchortp.plan.assemble import assemble
+from anchortp.plan.bound import lower_bound, price_bound, sizes_of
+from anchortp.plan.deliver import Delivery, deliver
+from anchortp.plan.improve import changed, changes
+from anchortp.plan.placement import interval_heads, into, place, spread_released_heads
+from anchortp.plan.plan import Plan
+from anchortp.plan.problem import Problem
+from anchortp.plan.reasons import reasons
+from anchortp.plan.widths import best_widths
+
+NEAR = 2e-3  # relative distance to the bound at which the search stops
+WORTH = 1 - 1e-4  # a change must bring the time down to this part of it
+MAX_WORK = 6 * 8**2  # placements that are tried, times what one costs: about the square of the number of devices,
+UNITS_PER_WORK = 60  # and a bit for each expert; where units are many and small, odd ones matter less anyway
+
+
+def makespan(problem: Problem) -> Plan:
+    """Survivors keep what they hold unless balance forbids it. Of what must move, sources, routes and destinations
+    are chosen so that the fullest link is as little full as possible:
+
+    1. `placement.py` decides who receives how much; only the odd unit is open to choice.
+    2. `deliver.py` and `routing.py` split the bytes over replicas, released copies, stores and routes: exact.
+    3. The prices of the links that come with it bound what *any* plan can reach (`bound.py`). If that is near, done.
+    4. Else odd units are shifted from devices that are dear to reach to cheap ones, alone or in exchange for one of
+       another size (`improve.py`): first what by the prices would just close the gap. What helps is kept.
+
+    Source: this project; the programme of step 2 is the maximum concurrent flow problem (Shahrokhi and Matula
+    1990), the bound of step 3 its dual.
+    """
+    best = _search(problem)
+    kept, pieces = best.delivery.placement.kept, best.delivery.pieces()
+    return assemble(
+        problem,
+        policy="makespan",
+        kept=kept,
+        pieces=pieces,
+        replayed=best.delivery.replayed,
+        bound_s=best.bound_s,
+        reasons=(*reasons(problem, kept, pieces), _bound_reason(best)),
+    )
+
+
+def _bound_reason(best: _Best) -> str:
+    if best.bound_s <= 0.0:
+        return "nothing has to pass a link"
+    over = best.seconds / best.bound_s - 1
+    return f"no plan can be ready before {best.bound_s * 1e3:.4g} ms ({best.why}); this one is {over:.2%} above that"
+
+
+@dataclass(slots=True)
+class _Best:
+    delivery: Delivery
+    bound_s: float
+    why: str
+
+    def raise_bound(self, seconds: float, why: str) -> None:
+        if seconds > self.bound_s:
+            self.bound_s, self.why = seconds, why
+
+    @property
+    def seconds(self) -> float:
+        return self.delivery.routing.seconds
+
+    @property
+    def is_near(self) -> bool:
+        return self.seconds <= self.bound_s * (1 + NEAR)
+
+
+def _search(problem: Problem) -> _Best:
+    delivery = _delivery(problem)
+    sizes = sizes_of(problem, delivery.placement)
+    bound = lower_bound(problem, sizes)
+    best = _Best(delivery, bound.seconds, bound.why)
+    cost = len(problem.devices) ** 2 + problem.units.num_units.get(EXPERT, 0) // UNITS_PER_WORK
+    tries = MAX_WORK // cost
+    while not best.is_near and tries > 0:
+        best.raise_bound(price_bound(problem, best.delivery.routing.prices, sizes), "by the prices of the links")
+        spent = tries if best.is_near else _step(problem, best, tries)
+        tries -= spent
+    # Where layers force it, all layers together may be less even than the bound assumes.
+    best.bound_s = min(best.bound_s, best.seconds)
+    return best
+
+
+def _delivery(problem: Problem) -> Delivery:
+    """The best of the placements that one look at the links leads to; if no living device gives anything up, that is
+    one."""
+    slow = into(problem)
+    best = deliver(problem, place(problem, slow))
+    widths = best_widths(problem, best.placement)
+    if widths is not None:
+        best = _sooner(best, deliver(problem, place(problem, slow, widths)))
+    if best.placement.head_holder:
+        for other in (spread_released_heads(problem, best.placement), interval_heads(problem, best.placement)):
+            best = _sooner(best, deliver(problem, other))
+    return best
+
+
+def _sooner(a: Delivery, b: Delivery) -> Delivery:
+    return b if b.routing.seconds < a.routing.seconds else a
+
+
+def _step(problem: Problem, best: _Best, tries: int) -> int:
+    """Takes the first change that helps. Returns how many were tried: all of `tries` if none helps."""
+    prices = best.delivery.routing.prices
+    far, _ = problem.network.cheapest(dict.fromkeys(problem.stores, 0.0), prices)
+    placement, aim = best.delivery.placement, best.seconds - best.bound_s
+    for spent, change in enumerate(changes(problem, placement, far, aim)[:tries], 1):
+        delivery = deliver(problem, changed(problem, placement, change), best.seconds * WORTH)
+        if delivery.routing.seconds < best.seconds * WORTH:
+            best.delivery = delivery
+            return spent
+    return tries

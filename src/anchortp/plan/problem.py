@@ -1,0 +1,235 @@
+"""What a planner is asked: which units are where, which devices go on, over which links. A value.
+
+Every change is the same question with other numbers:
+
+| change | `before` | `lost` | `devices` |
+|---|---|---|---|
+| first load | empty | - | all |
+| shrink after losses | the old group | the lost | the survivors |
+| planned shrink, move to other nodes | the old group | - (those that leave are sources) | who stays, who comes |
+| grow, replace | the old group | the lost, if any | the survivors and the new |
+| other speeds | the group | - | the same, with other `speeds` |
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from anchortp.errors import ConfigError, DoesNotFit
+from anchortp.layout import ATTENTION, EVERY_FAMILY, KV, Layout, UnitCatalog, check_devices, width_bounds, widths
+from anchortp.plan.plan import PLANE, REPLICATED
+from anchortp.plan.topology import Topology
+
+Bounds = tuple[dict[str, int], dict[str, int]]  # fewest and most units per device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Checked on construction: ConfigError for devices that contradict each other, DoesNotFit for nobody left or
+    more devices than q heads, TopologyError for a device that can no longer be reached from the weights.
+
+    `devices`: the group that goes on, in rank order. `lost`: devices of `before` whose memory is gone.
+    `speeds`: relative, 1.0 where missing. `memory_bytes`: per device, for weights and planes; where missing, the
+    topology's, else unlimited. `plane_bytes`: KV cache in use per KV head (0: planes are not planned).
+    `planes_at`: stores that hold a mirror of every plane. `weights_at`: other than the topology's.
+    """
+
+    units: UnitCatalog
+    before: Layout
+    devices: tuple[str, ...]
+    topology: Topology
+    lost: tuple[str, ...] = ()
+    speeds: Mapping[str, float] | None = None
+    memory_bytes: Mapping[str, int] | None = None
+    plane_bytes: int = 0
+    planes_at: tuple[str, ...] = ()
+    weights_at: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.devices:
+            raise DoesNotFit(f"no device is left of {', '.join(self.before.devices)}; add one and start again.")
+        check_devices(self.units, self.devices, self.speeds)
+        known = self.topology.by_name
+        for name in (*self.before.devices, *self.devices, *self.stores, *self.planes_at):
+            if name not in known:
+                places = ", ".join(known)
+                raise ConfigError(f"{name!r} is not in topology {self.topology.name!r}, which has {places}.")
+        for name in self.lost:
+            if name in self.devices or name not in self.before.devices:
+                raise ConfigError(f"{name!r} cannot be lost: it must be in the old layout and not in the new one.")
+        if self.plane_bytes < 0:
+            raise ConfigError(f"plane_bytes is {self.plane_bytes}; it must be 0 or more.")
+        _ = self.network
+
+    # ---------------------------------------------------------------------------------------- what moves
+
+    @cached_property
+    def families(self) -> tuple[str, ...]:
+        """Families of the layout that the model has."""
+        return tuple(f for f in EVERY_FAMILY if self.units.num_units.get(f, 0))
+
+    def size(self, family: str) -> int:
+        """Bytes of one unit, planes and replicated tensors included."""
+        if family == PLANE:
+            return self.plane_bytes
+        return self.units.replicated_bytes if family == REPLICATED else self.units.unit_bytes[family]
+
+    @cached_property
+    def stores(self) -> tuple[str, ...]:
+        return self.topology.weights_at if self.weights_at is None else self.weights_at
+
+    @cached_property
+    def network(self) -> Topology:
+        """The topology without what is lost. Devices outside both groups take no part, not even as a relay."""
+        absent = set(self.topology.devices) - set(self.alive) - set(self.devices)
+        return self.topology.without(absent) if absent else self.topology
+
+    # ------------------------------------------------------------------------------------------- census
+
+    @cached_property
+    def alive(self) -> tuple[str, ...]:
+        """Devices of the old layout that still hold their memory."""
+        return tuple(device for device in self.before.devices if device not in self.lost)
+
+    @cached_property
+    def fresh(self) -> tuple[str, ...]:
+        """Devices of the new group that hold nothing yet, not even the replicated tensors."""
+        return tuple(device for device in self.devices if device not in self.alive)
+
+    @cached_property
+    def slots(self) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Per family and living device: its units in slot order."""
+        return {
+            family: {s.device: s[family] for s in self.before.shards if s.device not in self.lost}
+            for family in self.families
+        }
+
+    @cached_property
+    def held(self) -> dict[str, dict[str, frozenset[int]]]:
+        """As `slots`, as sets, and with an empty one for devices that are new."""
+        return {
+            family: dict.fromkeys(self.fresh, frozenset()) | {d: frozenset(units) for d, units in slots.items()}
+            for family, slots in self.slots.items()
+        }
+
+    @cached_property
+    def missing(self) -> dict[str, tuple[int, ...]]:
+        """Per family, ascending: units that no living device holds."""
+        return {
+            family: tuple(sorted(set(range(self.units.num_units[family])).difference(*held.values())))
+            for family, held in self.held.items()
+        }
+
+    def holders(self, family: str, unit: int) -> tuple[str, ...]:
+        """Living devices that hold the unit (a plane: its KV head), in rank order."""
+        held = self.held[KV if family == PLANE else family]
+        return tuple(device for device in self.alive if unit in held[device])
+
+    def stores_of(self, family: str) -> tuple[str, ...]:
+        """Stores that a unit of the family can be read from."""
+        return self.planes_at if family == PLANE else self.stores
+
+    @cached_property
+    def islands(self) -> dict[str, str]:
+        """Per device of the group the first one of its island: devices joined by links of their own, or by switches
+        that no host is on. Inside an island what one device cannot receive in time others can receive for it."""
+        network = self.network
+        stores = {place.name for place in network.places if place.kind in ("host", "disk")}
+        roots = {end for link in network.links if stores & {link.src, link.dst} for end in (link.src, link.dst)}
+        inside = {p.name for p in network.places if p.kind == "device" or p.name not in roots | stores}
+        near: dict[str, list[str]] = {name: [] for name in inside}
+        for link in network.links:
+            if link.src in inside and link.dst in inside:
+                near[link.src].append(link.dst)
+                near[link.dst].append(link.src)
+        found: dict[str, str] = {}
+        for device in self.devices:
+            queue = [device] if device not in found else []
+            while queue:
+                name = queue.pop()
+                if name not in found:
+                    found[name] = device
+                    queue += near[name]
+        return {device: found[device] for device in self.devices}
+
+    @cached_property
+    def lost_bytes(self) -> int:
+        """Weights that no living device holds: what any plan must load at least."""
+        return sum(len(units) * self.size(family) for family, units in self.missing.items())
+
+    # ------------------------------------------------------------------------------------------- limits
+
+    def bounds(self, num_units: int) -> Bounds:
+        """Fewest and most of `num_units` units per device of the new group, in a balanced layout. (Not to be changed
+        by the caller: they are remembered.)"""
+        if num_units not in self._bounds:
+            self._bounds[num_units] = width_bounds(num_units, self.devices, self.speeds)
+        return self._bounds[num_units]
+
+    @cached_property
+    def _bounds(self) -> dict[int, Bounds]:
+        return {}
+
+    def interval_widths(self) -> dict[str, int]:
+        """Widths of the q heads when they are cut in rank order into equal intervals, or by speed."""
+        if self.speeds:
+            return widths(self.num_heads, self.devices, self.speeds)
+        total, n = self.num_heads, len(self.devices)
+        return {d: (r + 1) * total // n - r * total // n for r, d in enumerate(self.devices)}
+
+    def speed(self, device: str) -> float:
+        return (self.speeds or {}).get(device, 1.0)
+
+    def total_bounds(self, family: str, sizes: Sequence[int] | None = None) -> Bounds:
+        """As `bounds`, for all groups of a family together. `sizes`: units per group, if some have copies.
+
+        A step waits for the fullest device of each layer, so it is each layer of experts that must be balanced. All
+        layers together are balanced too, as far as the bounds of the layers allow it and no unit has to move that
+        may stay: what a device holds beyond its most is let be, and the others may have so much less.
+        """
+        if sizes is None:
+            groups = self.units.num_groups(family)
+            sizes = [self.units.num_units[family] // groups] * groups
+        least, most = dict.fromkeys(self.devices, 0), dict.fromkeys(self.devices, 0)
+        for size, count in Counter(sizes).items():
+            low, high = self.bounds(size)
+            for device in self.devices:
+                least[device] += low[device] * count
+                most[device] += high[device] * count
+        if len(sizes) == 1:
+            return least, most
+        total = sum(sizes)
+        low, high = self.bounds(total)
+        held = {d: min(len(self.slots[family].get(d, ())), most[d]) for d in self.devices}
+        low = {d: min(most[d], max(least[d], low[d])) for d in self.devices}
+        high = {d: max(least[d], min(most[d], high[d])) for d in self.devices}
+        beyond = {d: max(0, held[d] - high[d]) for d in self.devices}
+        wanting = max(0, total - sum(high.values()))
+        excess = max(0, sum(low.values()) - total) + sum(beyond.values())
+        return (
+            {d: max(least[d], low[d] - excess) for d in self.devices},
+            {d: min(most[d], high[d] + max(beyond[d], wanting)) for d in self.devices},
+        )
+
+    def budget(self, device: str) -> int | None:
+        """Bytes of weights and planes that the device may hold at any time."""
+        if self.memory_bytes is not None and device in self.memory_bytes:
+            return self.memory_bytes[device]
+        return self.topology.by_name[device].memory_bytes
+
+    def shard_bytes(self, widths: Mapping[str, int]) -> int:
+        """Bytes of a shard with so many units per family, replicated tensors and planes included."""
+        weights = sum(count * self.size(family) for family, count in widths.items())
+        return self.units.replicated_bytes + weights + widths.get(KV, 0) * self.plane_bytes
+
+    def kv_heads(self, q_heads: frozenset[int] | set[int]) -> set[int]:
+        if not self.units.num_units.get(KV):
+            return set()
+        return {self.units.kv_head_of(q) for q in q_heads}
+
+    @property
+    def num_heads(self) -> int:
+        return self.units.num_units[ATTENTION]

@@ -1,0 +1,163 @@
+"""Which device is to hold how many units, where that is worth a choice: when units must leave living devices.
+
+After a loss the widths are all but given: everybody keeps what it has and the rest is dealt out. When devices join,
+leave or change their speeds, balance often leaves open which device gives up a unit more than another, and that
+decides how much can travel over good links. So the widths become variables of the programme in `routing.py`: each
+device is sure of the least that balance demands; the units beyond that are extra, and may be anyone's up to the
+most; a device that has units beyond its least already has a source of them in itself, at no distance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+from anchortp.plan.deliver import MAX_ROWS, items_and_lost, to_commodities
+from anchortp.plan.placement import Placement, Share
+from anchortp.plan.problem import Problem
+from anchortp.plan.routing import Commodity, NoRoom, route_all
+
+Widths = dict[tuple[str, int], dict[str, int]]  # (family, index of the group) -> device -> units
+
+
+def best_widths(problem: Problem, placement: Placement) -> Widths | None:
+    """Widths for all groups in which a living device gives up units in `placement`, chosen so that the fullest link
+    would be least full if units could be split. None if there are none, or too many to be worth the time."""
+    alike: dict[tuple[object, ...], list[tuple[int, Share]]] = {}
+    index: dict[str, int] = {}
+    for share in placement.shares:
+        at = index[share.family] = index.get(share.family, -1) + 1
+        if share.pool.released:
+            alike.setdefault(_signature(problem, share), []).append((at, share))
+    if not alike or len(alike) * 3 * len(problem.devices) > MAX_ROWS:
+        return None
+    items, lost = items_and_lost(problem, placement)
+    commodities = to_commodities(problem, items, lost)
+    names = {f"widths {i}": group for i, group in enumerate(alike.values())}
+    for name, group in names.items():
+        commodities.append(_commodity(problem, name, [share for _, share in group]))
+    room = {}
+    for family in index:
+        chosen = {at for group in names.values() for at, share in group if share.family == family}
+        room |= _room(problem, family, placement, chosen) if chosen else {}
+    try:
+        routing = route_all(problem.network, commodities, room=room)
+    except NoRoom:
+        routing = route_all(problem.network, commodities)
+    extra: dict[str, dict[str, float]] = {name: {} for name in names}
+    for portion in routing.portions:
+        if portion.is_extra:
+            at_device = extra[portion.commodity]
+            at_device[portion.device] = at_device.get(portion.device, 0.0) + portion.num_bytes
+    result: Widths = {}
+    for name, group in names.items():
+        size = problem.size(group[0][1].family)
+        quota = {device: num_bytes / size for device, num_bytes in extra[name].items()}
+        for at, share in group:
+            result[share.family, at] = _whole(problem, share, quota)
+    for family in index:
+        _even_out(problem, family, placement, result)
+    return result
+
+
+def _signature(problem: Problem, share: Share) -> tuple[object, ...]:
+    leaving = tuple((d, len(u)) for d, u in share.pool.released.items() if d not in problem.devices)
+    return share.family, share.size, tuple(share.held.values()), len(share.pool.missing), leaving
+
+
+def _room(problem: Problem, family: str, placement: Placement, chosen: Collection[int]) -> dict[tuple[str, str], int]:
+    """Extra bytes of the groups `chosen` (by index) that each device may have in all, so that the groups together
+    stay balanced too."""
+    shares = [share for share in placement.shares if share.family == family]
+    if len(shares) == 1:
+        return {}
+    _, high = problem.total_bounds(family, placement.sizes(family))
+    left = dict(high)
+    for at, share in enumerate(shares):
+        expected = share.low if at in chosen else _expected(share)
+        for device in problem.devices:
+            left[device] -= expected[device]
+    size = problem.size(family)
+    return {(family, device): max(0, n) * size for device, n in left.items()}
+
+
+def _commodity(problem: Problem, name: str, shares: Sequence[Share]) -> Commodity:
+    """All shares are alike; the one commodity is for all of them together."""
+    share, bytes_each = shares[0], problem.size(shares[0].family) * len(shares)
+    sources: list[tuple[str, int | None]] = []
+    for device, held in share.held.items():
+        if held > share.low[device]:
+            sources.append((device, (held - share.low[device]) * bytes_each))
+    for device, units in share.pool.released.items():
+        if device not in problem.devices:
+            sources.append((device, len(units) * bytes_each))
+    sources += [(store, None) for store in problem.stores]
+    wishes = [(d, (share.low[d] - held) * bytes_each) for d, held in share.held.items() if held < share.low[d]]
+    extra = (share.size - sum(share.low.values())) * bytes_each
+    caps = [(d, (share.high[d] - share.low[d]) * bytes_each) for d in problem.devices]
+    return Commodity(
+        name=name,
+        sources=tuple(sources),
+        wishes=tuple(wishes),
+        extra=extra,
+        caps=tuple((device, cap) for device, cap in caps if cap),
+        family=share.family,
+    )
+
+
+def _whole(problem: Problem, share: Share, quota: dict[str, float]) -> dict[str, int]:
+    """The extra units of one group, one by one to whoever has most of its quota left; takes it off the quota."""
+    width = dict(share.low)
+    for _ in range(share.size - sum(width.values())):
+        open_to = [device for device in problem.devices if width[device] < share.high[device]]
+        best = max(open_to, key=lambda d: quota.get(d, 0.0))
+        width[best] += 1
+        quota[best] = quota.get(best, 0.0) - 1.0
+    return width
+
+
+def _even_out(problem: Problem, family: str, placement: Placement, widths: Widths) -> None:
+    """Shifts single units, within the bounds of their layer, until all layers together are within theirs."""
+    shares = [share for share in placement.shares if share.family == family]
+    if len(shares) == 1:
+        return
+    total = dict.fromkeys(problem.devices, 0)
+    for at, share in enumerate(shares):
+        for device, width in widths.get((family, at), _expected(share)).items():
+            total[device] += width
+    low, high = problem.total_bounds(family, placement.sizes(family))
+    for _ in range(sum(total.values())):
+        pair = _pair(problem, total, low, high, shares, family, widths)
+        if pair is None:
+            return
+        a, b, at = pair
+        widths[family, at][a] -= 1
+        widths[family, at][b] += 1
+        total[a] -= 1
+        total[b] += 1
+
+
+def _expected(share: Share) -> dict[str, int]:
+    return {device: min(held, share.high[device]) + share.incoming[device] for device, held in share.held.items()}
+
+
+def _pair(
+    problem: Problem,
+    total: Mapping[str, int],
+    low: Mapping[str, int],
+    high: Mapping[str, int],
+    shares: Sequence[Share],
+    family: str,
+    widths: Widths,
+) -> tuple[str, str, int] | None:
+    """A device above its most (or the widest) and one below its least (or the narrowest), and a group to shift in."""
+    givers = sorted((d for d in total if total[d] > low[d]), key=lambda d: high[d] - total[d])
+    takers = sorted((d for d in total if total[d] < high[d]), key=lambda d: total[d] - low[d])
+    for a in givers:
+        for b in takers:
+            if a == b or (total[a] <= high[a] and total[b] >= low[b]):
+                continue
+            for at, share in enumerate(shares):
+                width = widths.get((family, at))
+                if width and width[a] > share.low[a] and width[b] < share.high[b]:
+                    return a, b, at
+    return None
