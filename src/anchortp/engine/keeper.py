@@ -55,6 +55,7 @@ class KVKeeper:
         self._index: KVIndex | None = None
         self._tickets: dict[int, tuple[set[str], list[int]]] = {}  # who has yet to answer, and the slots
         self._last_ticket = 0
+        self._num_restored = 0
         self._restored: set[bytes] = set()  # contents whose planes the mirror gives back in this recovery
         self._epoch = NOT_WHOLE  # for which the cache is what the index says
 
@@ -224,6 +225,7 @@ class KVKeeper:
         if command.kv is ev.KVState.lost:
             self._scheduler.on_kv_lost()
         elif command.kv is ev.KVState.mirrored:
+            self._num_restored += len(self._restored)
             found = map(self._pool.block_of, self._restored)
             self._scheduler.on_kv_lost(whole={block_id for block_id in found if block_id is not None})
         self._restored = set()
@@ -239,9 +241,10 @@ class KVKeeper:
 
     def counts(self) -> dict[str, int]:
         if self._mirror is None:
-            return {"mirror_slots": 0, "blocks_mirrored": 0, "mirror_evicted": 0}
+            return {"mirror_slots": 0, "blocks_mirrored": 0, "blocks_restored": 0, "mirror_evicted": 0}
         return {
             "mirror_slots": self._mirror.num_slots,
             "blocks_mirrored": self._mirror.num_whole,
+            "blocks_restored": self._num_restored,
             "mirror_evicted": self._mirror.num_evicted,
         }
