@@ -347,35 +347,59 @@ class _Board:
             )
 
     def close_up(self) -> None:
-        """Moves the units at the end of each device into the holes, so that the slots are dense again."""
-        self.stage += 1
+        """Moves the units at the end of each device into the holes, so that the slots are dense again; in as many
+        stages as the device's memory asks for."""
+        first = self.stage + 1
+        for device in self.problem.devices:
+            for number, batch in enumerate(self._batches(device, self._relocations(device))):
+                self.stage = first + number
+                for family in self.problem.families:
+                    self._relocate(family, device, [(old, unit, new) for f, old, unit, new in batch if f == family])
+
+    def _relocations(self, device: str) -> Iterator[tuple[str, int, int, int]]:
+        """(family, old slot, unit, new slot)."""
         for family in self.problem.families:
-            for device in self.problem.devices:
-                slots = self.slots.get((family, device))
-                if slots is not None and slots.holes:
-                    self._close(family, device, slots.at)
+            slots = self.slots.get((family, device))
+            if slots is not None and slots.holes:
+                taken = set(slots.at.values())
+                holes = [slot for slot in range(len(taken)) if slot not in taken]
+                tail = sorted((slot, unit) for unit, slot in slots.at.items() if slot >= len(taken))
+                for (old, unit), new in zip(tail, holes, strict=True):
+                    slots.at[unit] = new
+                    yield family, old, unit, new
 
-    def _close(self, family: str, device: str, at: dict[int, int]) -> None:
-        width = len(at)
-        taken = set(at.values())
-        holes = [slot for slot in range(width) if slot not in taken]
-        tail = sorted((slot, unit) for unit, slot in at.items() if slot >= width)
+    def _batches(
+        self, device: str, relocations: Iterable[tuple[str, int, int, int]]
+    ) -> Iterator[list[tuple[str, int, int, int]]]:
+        """As many at once as fit beside what the device holds."""
+        problem, budget = self.problem, self.problem.budget(device)
+        held = problem.shard_bytes({f: len(self.of(f, device).units()) for f in problem.families})
+        batch: list[tuple[str, int, int, int]] = []
+        used = held
+        for step in relocations:
+            size = problem.size(step[0]) + (problem.plane_bytes if step[0] == KV else 0)
+            if budget is not None and used + size > budget:
+                if not batch:
+                    raise BudgetExceeded(device=device, requested_bytes=size, committed_bytes=held, budget_bytes=budget)
+                yield batch
+                batch, used = [], held
+            batch.append(step)
+            used += size
+        if batch:
+            yield batch
+
+    def _relocate(self, family: str, device: str, steps: Sequence[tuple[int, int, int]]) -> None:
         begin = 0
-        for end in range(1, len(tail) + 1):
-            old, unit = tail[begin]
-            step = end - begin
-            if end == len(tail) or tail[end] != (old + step, unit + step) or holes[end] != holes[begin] + step:
-                self._relocate(family, device, unit, old, holes[begin], step)
+        for end in range(1, len(steps) + 1):
+            old, unit, new = steps[begin]
+            count = end - begin
+            if end == len(steps) or steps[end] != (old + count, unit + count, new + count):
+                self._shift(family, device, unit, old, new, count)
+                for i in range(count) if family == KV and self.problem.plane_bytes else ():
+                    if (device, unit + i) in self.planes:
+                        self._shift(PLANE, device, unit + i, old + i, new + i, 1)
                 begin = end
-        for (_, unit), slot in zip(tail, holes, strict=True):
-            at[unit] = slot
-        self._drop_runs(device, family, tail)
-
-    def _relocate(self, family: str, device: str, unit: int, old: int, new: int, count: int) -> None:
-        self._shift(family, device, unit, old, new, count)
-        for i in range(count) if family == KV and self.problem.plane_bytes else ():
-            if (device, unit + i) in self.planes:
-                self._shift(PLANE, device, unit + i, old + i, new + i, 1)
+        self._drop_runs(device, family, [(old, unit) for old, unit, _ in steps])
 
     def _shift(self, family: str, device: str, unit: int, old: int, new: int, count: int) -> None:
         self.moves.append(

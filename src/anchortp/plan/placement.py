@@ -83,7 +83,7 @@ def place(problem: Problem, slow: Mapping[str, float], widths: Widths | None = N
         for device, count in share.least.items():
             load.add(device, count * size)
             share.incoming[device] = count
-    kept[ATTENTION], heads, head_holder = _place_heads(problem, load)
+    kept[ATTENTION], heads, head_holder = _place_heads(problem, load, (widths or {}).get((ATTENTION, 0)))
     kept[KV], kv = kv_after(problem, kept[ATTENTION], heads)
     for device in problem.devices:
         load.add(device, len(heads[device]) * problem.size(ATTENTION))
@@ -250,7 +250,7 @@ def _release(
 
 
 def _place_heads(
-    problem: Problem, load: _Load
+    problem: Problem, load: _Load, wanted: Mapping[str, int] | None
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, list[int]], dict[int, str]]:
     stay = set(problem.devices)
     held = {d: list(problem.slots[ATTENTION].get(d, ())) for d in problem.devices}
@@ -259,7 +259,7 @@ def _place_heads(
     for device, units in problem.slots[ATTENTION].items():
         if device not in stay and units:
             pool.released[device] = list(units)
-    low, high = problem.bounds(problem.num_heads)
+    low, high = (wanted, wanted) if wanted else problem.bounds(problem.num_heads)
     dropped = _retain(problem, held, pool, None, low, high)
     groups: dict[int, list[int]] = {}
     holder = {unit: device for device, units in pool.released.items() for unit in units}

@@ -263,7 +263,7 @@ def _parse_links(raw: Any, number: int) -> list[Link]:
     raw = _typed(raw, Mapping, f"{where} must be a mapping like {{between: [a, b], gb_per_s: 25}}")
     _only(raw, {"from", "to", "between", "mesh", "gb_per_s", "latency_us"}, where)
     speed = _number(raw.get("gb_per_s"), f"{where}: gb_per_s", above=0.0) * GB
-    latency_s = _number(raw.get("latency_us", 0.0), f"{where}: latency_us") * 1e-6
+    latency_s = _number(raw.get("latency_us", 0.0), f"{where}: latency_us") / 1e6
     return [Link(src=a, dst=b, bytes_per_s=speed, latency_s=latency_s) for a, b in _ends(raw, where)]
 
 

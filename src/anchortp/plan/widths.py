@@ -11,38 +11,31 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+from anchortp.layout import ATTENTION, KV
 from anchortp.plan.deliver import MAX_ROWS, items_and_lost, to_commodities
-from anchortp.plan.placement import Placement, Share
+from anchortp.plan.placement import Placement, Pool, Share
+from anchortp.plan.plan import PLANE
 from anchortp.plan.problem import Problem
-from anchortp.plan.routing import Commodity, NoRoom, route_all
+from anchortp.plan.routing import Commodity, NoRoom, Routing, route_all
 
 Widths = dict[tuple[str, int], dict[str, int]]  # (family, index of the group) -> device -> units
 
 
 def best_widths(problem: Problem, placement: Placement) -> Widths | None:
-    """Widths for all groups in which a living device gives up units in `placement`, chosen so that the fullest link
-    would be least full if units could be split. None if there are none, or too many to be worth the time."""
+    """Widths for all groups in which a living device gives up units in `placement`, q heads included, chosen so that
+    the fullest link would be least full if units could be split. None if there are none, or too many to be worth the
+    time."""
     alike: dict[tuple[object, ...], list[tuple[int, Share]]] = {}
     index: dict[str, int] = {}
-    for share in placement.shares:
+    heads = [_head_share(problem, placement)] if placement.head_holder else []
+    for share in (*placement.shares, *heads):
         at = index[share.family] = index.get(share.family, -1) + 1
         if share.pool.released:
             alike.setdefault(_signature(problem, share), []).append((at, share))
     if not alike or len(alike) * 3 * len(problem.devices) > MAX_ROWS:
         return None
-    items, lost = items_and_lost(problem, placement)
-    commodities = to_commodities(problem, items, lost)
     names = {f"widths {i}": group for i, group in enumerate(alike.values())}
-    for name, group in names.items():
-        commodities.append(_commodity(problem, name, [share for _, share in group]))
-    room = {}
-    for family in index:
-        chosen = {at for group in names.values() for at, share in group if share.family == family}
-        room |= _room(problem, family, placement, chosen) if chosen else {}
-    try:
-        routing = route_all(problem.network, commodities, room=room)
-    except NoRoom:
-        routing = route_all(problem.network, commodities)
+    routing = _route(problem, placement, names, list(index), bool(heads))
     extra: dict[str, dict[str, float]] = {name: {} for name in names}
     for portion in routing.portions:
         if portion.is_extra:
@@ -50,13 +43,67 @@ def best_widths(problem: Problem, placement: Placement) -> Widths | None:
             at_device[portion.device] = at_device.get(portion.device, 0.0) + portion.num_bytes
     result: Widths = {}
     for name, group in names.items():
-        size = problem.size(group[0][1].family)
+        size = _weight(problem, placement, group[0][1].family)
         quota = {device: num_bytes / size for device, num_bytes in extra[name].items()}
         for at, share in group:
             result[share.family, at] = _whole(problem, share, quota)
     for family in index:
         _even_out(problem, family, placement, result)
     return result
+
+
+def _route(
+    problem: Problem,
+    placement: Placement,
+    names: Mapping[str, Sequence[tuple[int, Share]]],
+    families: Sequence[str],
+    with_heads: bool,
+) -> Routing:
+    items, lost = items_and_lost(problem, placement)
+    if with_heads:
+        items = [item for item in items if item.family not in (ATTENTION, KV, PLANE)]
+    commodities = to_commodities(problem, items, lost)
+    room = {}
+    for name, group in names.items():
+        weight = _weight(problem, placement, group[0][1].family)
+        commodities.append(_commodity(problem, name, [share for _, share in group], weight))
+    for family in families:
+        chosen = {at for group in names.values() for at, share in group if share.family == family}
+        room |= _room(problem, family, placement, chosen) if chosen else {}
+    try:
+        return route_all(problem.network, commodities, room=room)
+    except NoRoom:
+        return route_all(problem.network, commodities)
+
+
+def _head_share(problem: Problem, placement: Placement) -> Share:
+    """The q heads, as if they were a family like the others."""
+    held = {d: len(problem.slots[ATTENTION].get(d, ())) for d in problem.devices}
+    low, high = problem.bounds(problem.num_heads)
+    pool = Pool(missing=list(problem.missing[ATTENTION]))
+    for head, device in placement.head_holder.items():
+        pool.released.setdefault(device, []).append(head)
+    incoming = {d: len(heads) for d, heads in placement.heads.items()}
+    return Share(
+        family=ATTENTION,
+        size=problem.num_heads,
+        held=held,
+        low=low,
+        high=high,
+        pool=pool,
+        least={},
+        most={},
+        incoming=incoming,
+    )
+
+
+def _weight(problem: Problem, placement: Placement, family: str) -> int:
+    """Bytes of a unit; of a q head with what it brings along on average, its part of a KV head's copy included."""
+    if family != ATTENTION or KV not in problem.families:
+        return problem.size(family)
+    moved = sum(map(len, placement.heads.values()))
+    copies = sum(map(len, placement.kv.values()))
+    return problem.size(ATTENTION) + copies * (problem.size(KV) + problem.plane_bytes) // max(1, moved)
 
 
 def _signature(problem: Problem, share: Share) -> tuple[object, ...]:
@@ -68,7 +115,7 @@ def _room(problem: Problem, family: str, placement: Placement, chosen: Collectio
     """Extra bytes of the groups `chosen` (by index) that each device may have in all, so that the groups together
     stay balanced too."""
     shares = [share for share in placement.shares if share.family == family]
-    if len(shares) == 1:
+    if len(shares) <= 1:
         return {}
     _, high = problem.total_bounds(family, placement.sizes(family))
     left = dict(high)
@@ -80,9 +127,9 @@ def _room(problem: Problem, family: str, placement: Placement, chosen: Collectio
     return {(family, device): max(0, n) * size for device, n in left.items()}
 
 
-def _commodity(problem: Problem, name: str, shares: Sequence[Share]) -> Commodity:
-    """All shares are alike; the one commodity is for all of them together."""
-    share, bytes_each = shares[0], problem.size(shares[0].family) * len(shares)
+def _commodity(problem: Problem, name: str, shares: Sequence[Share], weight: int) -> Commodity:
+    """All shares are alike; the one commodity is for all of them together. `weight`: bytes of a unit."""
+    share, bytes_each = shares[0], weight * len(shares)
     sources: list[tuple[str, int | None]] = []
     for device, held in share.held.items():
         if held > share.low[device]:
@@ -118,7 +165,7 @@ def _whole(problem: Problem, share: Share, quota: dict[str, float]) -> dict[str,
 def _even_out(problem: Problem, family: str, placement: Placement, widths: Widths) -> None:
     """Shifts single units, within the bounds of their layer, until all layers together are within theirs."""
     shares = [share for share in placement.shares if share.family == family]
-    if len(shares) == 1:
+    if len(shares) <= 1:
         return
     total = dict.fromkeys(problem.devices, 0)
     for at, share in enumerate(shares):

@@ -22,8 +22,9 @@ UNITS_PER_WORK = 60  # and a bit for each expert; where units are many and small
 
 
 def makespan(problem: Problem) -> Plan:
-    """Survivors keep what they hold unless balance forbids it. Of what must move, sources, routes and destinations
-    are chosen so that the fullest link is as little full as possible:
+    """Survivors keep what they hold unless balance forbids it (or, when devices join or leave, time is won by passing
+    units on). Of what must move, sources, routes and destinations are chosen so that the fullest link is as little
+    full as possible:
 
     1. `placement.py` decides who receives how much; only the odd unit is open to choice.
     2. `deliver.py` and `routing.py` split the bytes over replicas, released copies, stores and routes: exact.
