@@ -24,6 +24,13 @@ from anchortp.plan import PLANE, REPLICATED, Problem
 Copy = tuple[tuple[str, ...], tuple[str, int], str, int, int]
 
 
+TIME_LIMIT_S = 30.0
+
+
+class Unsolved(Exception):
+    """HiGHS ran out of time."""
+
+
 class _Programme:
     """Variables >= 0 by name; rows `low <= sum(coefficient * variable) <= high`."""
 
@@ -61,9 +68,10 @@ class _Programme:
             constraints=LinearConstraint(matrix, self.low, self.high),
             bounds=Bounds(0.0, np.array([self.upper[i] for i in range(size)])),
             integrality=integrality,
-            options={"mip_rel_gap": gap, "time_limit": 20.0},
+            options={"mip_rel_gap": gap, "time_limit": TIME_LIMIT_S},
         )
-        assert found.x is not None, found.message
+        if found.x is None:
+            raise Unsolved(found.message)
         return float(found.mip_dual_bound if self.integral else found.fun)
 
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from anchortp.layout import ATTENTION, EXPERT, KV
-from anchortp.plan.placement import Placement, Share, kv_after
+from anchortp.plan.heads import kv_after
+from anchortp.plan.placement import Placement, Share
 from anchortp.plan.problem import Problem
 
 
@@ -111,11 +112,11 @@ def _head_shifts(problem: Problem, placement: Placement, far: Mapping[str, float
     kept, heads = placement.kept[ATTENTION], placement.heads
     width = {d: len(kept[d]) + len(heads[d]) for d in problem.devices}
     low, high = problem.bounds(problem.num_heads)
-    size, kv_size = problem.size(ATTENTION), _kv_size(problem)
+    size, kv_size = problem.size(ATTENTION), problem.kv_bytes
     for a in problem.devices:
-        one_each = {problem.units.kv_head_of(head): head for head in heads[a]}
+        one_each = {problem.kv_head_of(head): head for head in heads[a]}
         for group, head in one_each.items() if width[a] > low[a] else ():
-            alone = sum(problem.units.kv_head_of(h) == group for h in (*kept[a], *heads[a])) == 1
+            alone = sum(problem.kv_head_of(h) == group for h in (*kept[a], *heads[a])) == 1
             closes = kv_size * far[a] if alone and group in placement.kv[a] else 0.0
             for b in problem.devices:
                 if a == b or width[b] >= high[b] or far[a] == far[b]:
@@ -123,7 +124,3 @@ def _head_shifts(problem: Problem, placement: Placement, far: Mapping[str, float
                 there = group in placement.kv[b] or group in placement.kept.get(KV, {}).get(b, ())
                 opens = 0.0 if there else kv_size * far[b]
                 yield Shift(ATTENTION, a, b, head, size * (far[a] - far[b]) + closes - opens)
-
-
-def _kv_size(problem: Problem) -> int:
-    return problem.size(KV) + problem.plane_bytes if KV in problem.families else 0

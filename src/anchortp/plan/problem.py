@@ -225,10 +225,17 @@ class Problem:
         weights = sum(count * self.size(family) for family, count in widths.items())
         return self.units.replicated_bytes + weights + widths.get(KV, 0) * self.plane_bytes
 
+    def kv_head_of(self, q_head: int) -> int:
+        """The KV head that a q head reads; 0 for all if the model has none."""
+        return self.units.kv_head_of(q_head) if KV in self.families else 0
+
     def kv_heads(self, q_heads: frozenset[int] | set[int]) -> set[int]:
-        if not self.units.num_units.get(KV):
-            return set()
-        return {self.units.kv_head_of(q) for q in q_heads}
+        return {self.units.kv_head_of(q) for q in q_heads} if KV in self.families else set()
+
+    @property
+    def kv_bytes(self) -> int:
+        """What a further copy of a KV head brings along: weights and plane."""
+        return self.size(KV) + self.plane_bytes if KV in self.families else 0
 
     @property
     def num_heads(self) -> int:

@@ -13,9 +13,10 @@ from collections.abc import Collection, Mapping, Sequence
 
 from anchortp.layout import ATTENTION, KV
 from anchortp.plan.deliver import MAX_ROWS, items_and_lost, to_commodities
-from anchortp.plan.placement import Placement, Pool, Share
+from anchortp.plan.placement import Placement, Share
 from anchortp.plan.plan import PLANE
 from anchortp.plan.problem import Problem
+from anchortp.plan.retain import Pool
 from anchortp.plan.routing import Commodity, NoRoom, Routing, route_all
 
 Widths = dict[tuple[str, int], dict[str, int]]  # (family, index of the group) -> device -> units
@@ -103,7 +104,7 @@ def _weight(problem: Problem, placement: Placement, family: str) -> int:
         return problem.size(family)
     moved = sum(map(len, placement.heads.values()))
     copies = sum(map(len, placement.kv.values()))
-    return problem.size(ATTENTION) + copies * (problem.size(KV) + problem.plane_bytes) // max(1, moved)
+    return problem.size(ATTENTION) + copies * problem.kv_bytes // max(1, moved)
 
 
 def _signature(problem: Problem, share: Share) -> tuple[object, ...]:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from anchortp.layout import EXPERT
 from anchortp.plan.assemble import assemble
-from anchortp.plan.bound import lower_bound, price_bound, sizes_of
+from anchortp.plan.bound import LARGE, lower_bound, price_bound, sizes_of
 from anchortp.plan.deliver import Delivery, deliver
 from anchortp.plan.improve import changed, changes
-from anchortp.plan.placement import interval_heads, into, place, spread_released_heads
+from anchortp.plan.loads import into
+from anchortp.plan.placement import interval_heads, place, spread_released_heads
 from anchortp.plan.plan import Plan
 from anchortp.plan.problem import Problem
 from anchortp.plan.reasons import reasons
@@ -18,7 +19,7 @@ from anchortp.plan.widths import best_widths
 NEAR = 2e-3  # relative distance to the bound at which the search stops
 WORTH = 1 - 1e-4  # a change must bring the time down to this part of it
 MAX_WORK = 6 * 8**2  # placements that are tried, times what one costs: about the square of the number of devices,
-UNITS_PER_WORK = 60  # and a bit for each expert; where units are many and small, odd ones matter less anyway
+UNITS_PER_WORK = 30  # and a bit for each expert; where units are many and small, odd ones matter less anyway
 
 
 def makespan(problem: Problem) -> Plan:
@@ -85,6 +86,8 @@ def _search(problem: Problem) -> _Best:
         best.raise_bound(price_bound(problem, best.delivery.routing.prices, sizes), "by the prices of the links")
         spent = tries if best.is_near else _step(problem, best, tries)
         tries -= spent
+    if not best.is_near:
+        best.delivery = _with_intervals(problem, best.delivery)
     # Where layers force it, all layers together may be less even than the bound assumes.
     best.bound_s = min(best.bound_s, best.seconds)
     return best
@@ -99,13 +102,24 @@ def _delivery(problem: Problem) -> Delivery:
     if widths is not None:
         best = _sooner(best, deliver(problem, place(problem, slow, widths)))
     if best.placement.head_holder:
-        for other in (spread_released_heads(problem, best.placement), interval_heads(problem, best.placement)):
-            best = _sooner(best, deliver(problem, other))
+        best = _sooner(best, deliver(problem, spread_released_heads(problem, best.placement)))
+        best = _with_intervals(problem, best)
     return best
 
 
+def _with_intervals(problem: Problem, best: Delivery) -> Delivery:
+    """The same with the q heads in intervals, if that is sooner; hardly where more KV heads would have to be copied,
+    and not worth a look where each head is a small part."""
+    other = interval_heads(problem, best.placement)
+    copies, before = (sum(map(len, p.kv.values())) for p in (other, best.placement))
+    if copies > before or len(problem.devices) > LARGE:
+        return best
+    return _sooner(best, deliver(problem, other, best.routing.seconds))
+
+
 def _sooner(a: Delivery, b: Delivery) -> Delivery:
-    return b if b.routing.seconds < a.routing.seconds else a
+    """`b` if that is worth a change."""
+    return b if b.routing.seconds < a.routing.seconds * WORTH else a
 
 
 def _step(problem: Problem, best: _Best, tries: int) -> int:
