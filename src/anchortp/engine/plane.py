@@ -24,7 +24,6 @@ from anchortp.errors import (
     WireError,
 )
 from anchortp.layout import (
-    FAMILIES,
     KV,
     KVAddresses,
     Layout,
@@ -135,7 +134,7 @@ class StatePlane:
             return None
         expected = {WEIGHTS_ARENA: self.weights.reserved_bytes}
         same_arena = expected.items() <= manifest.arenas.items()
-        if manifest.model != self._fingerprint or set(manifest.shards) != set(FAMILIES) or not same_arena:
+        if manifest.model != self._fingerprint or set(manifest.shards) != set(self._units.families) or not same_arena:
             log.info("%s holds another model (or other settings); it is loaded anew", device)
             return None
         shard = shard_from_dict(device, manifest.shards)
@@ -333,7 +332,7 @@ class StatePlane:
             client.decommit(KV_ARENA, self.kv.slot_ranges(0, slots, num_kv_blocks, self._num_kv_blocks), epoch)
         ranges = [
             r
-            for family in FAMILIES
+            for family in self._units.families
             for r in self.weights.slot_ranges(family, len(held[family]) if held else 0, len(shard[family]))
         ]
         client.commit(WEIGHTS_ARENA, ranges, epoch)
@@ -369,7 +368,7 @@ class StatePlane:
             model=self._fingerprint,
             dtype=self._units.config.dtype,
             epoch=epoch,
-            shards={family: shard[family] for family in FAMILIES},
+            shards={family: shard[family] for family in self._units.families},
             arenas={WEIGHTS_ARENA: self.weights.reserved_bytes, KV_ARENA: self.kv.reserved_bytes},
             num_kv_blocks=num_kv_blocks,
             kv_block_size=self._config.kv_block_size,
@@ -387,7 +386,7 @@ class StatePlane:
     def committed_ranges(self, shard: Shard) -> dict[str, list[tuple[int, int]]]:
         """What is committed in each arena of a device: for the anchor that adopts them."""
         weights = [self.weights.replicated_range]
-        for family in FAMILIES:
+        for family in self._units.families:
             weights += self.weights.slot_ranges(family, 0, len(shard[family]))
         kv = self.kv.slot_ranges(0, self._kv_slots.get(shard.device, 0), 0, self._num_kv_blocks)
         return {WEIGHTS_ARENA: weights, KV_ARENA: list(kv)}

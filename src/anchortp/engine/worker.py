@@ -35,7 +35,6 @@ from anchortp.errors import (
     WireError,
 )
 from anchortp.layout import (
-    FAMILIES,
     KV,
     KVAddresses,
     Layout,
@@ -138,8 +137,8 @@ class Worker:
 
     def _attach(self, order: m.Assign) -> None:
         torch.set_num_threads(order.num_threads)
-        # One Hugging Face folder, two dtypes: the order says which one the arenas hold.
-        config = load_model_config(order.model_folder, order.dtype)
+        # One Hugging Face folder, several ways to serve it: the order says what the arenas hold.
+        config = load_model_config(order.model_folder, order.dtype, order.expert_cut)
         units = model_units(config)
         anchor = _connect_anchor(order)
         anchor.lease(order.epoch)
@@ -196,7 +195,7 @@ class Worker:
         after = shard_from_dict(a.device, order.after)
         items = [
             (family, after[family][slot], slot)
-            for family in FAMILIES
+            for family in a.units.families
             for slot in range(len(before[family]), len(after[family]))
         ]
         total = sum(a.units.unit_bytes[family] for family, _, _ in items)

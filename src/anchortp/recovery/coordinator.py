@@ -25,7 +25,6 @@ from typing import Any
 from anchortp.errors import DoesNotFit
 from anchortp.layout import (
     ATTENTION,
-    FAMILIES,
     KV,
     KVAddresses,
     Layout,
@@ -161,7 +160,7 @@ class Coordinator:
                 "weight_bytes": layout.weight_bytes(self.units, name),
                 "has_worker": device.has_worker,
                 "has_anchor": device.has_anchor,
-                **{f"{family}_units": len(device.shard[family]) for family in FAMILIES},
+                **{f"{family}_units": len(device.shard[family]) for family in self.units.families},
             }
             for name, device in self._devices.items()
         }
@@ -321,7 +320,7 @@ class Coordinator:
         episode.loaded_bytes += event.num_bytes
         if device.fresh:
             episode.replicated_bytes += self.units.replicated_bytes
-        for family in FAMILIES:
+        for family in self.units.families:
             new = after[family][len(device.shard[family]) :]
             self._missing -= {(family, unit) for unit in new}
         device.shard, device.fresh = after, False
@@ -567,7 +566,7 @@ class Coordinator:
         layout = self.layout
         return {
             (family, unit)
-            for family in FAMILIES
+            for family in self.units.families
             for unit in set(range(self.units.num_units[family])) - layout.held(family)
         }
 
@@ -576,7 +575,7 @@ class Coordinator:
 
     def _load_bytes(self, name: str, after: Shard) -> int:
         held = self._devices[name]
-        new = sum((len(after[f]) - len(held.shard[f])) * self.units.unit_bytes[f] for f in FAMILIES)
+        new = sum((len(after[f]) - len(held.shard[f])) * self.units.unit_bytes[f] for f in self.units.families)
         return new + (self.units.replicated_bytes if held.fresh else 0)
 
     def _fit_kv_blocks(self, layout: Layout) -> int:

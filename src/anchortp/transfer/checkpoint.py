@@ -7,7 +7,7 @@ arena, and then only the rows or columns that the unit owns are touched.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from anchortp.errors import CheckpointError
-from anchortp.layout import ModelUnits, ReplicatedTensor, Source, UnitTensor
+from anchortp.layout import EXPERT, ModelUnits, ReplicatedTensor, UnitTensor
+from anchortp.transfer.experts import fused_place
 from anchortp.transfer.fingerprint import weight_files
 
 STORED_DTYPES = ("BF16", "F16", "F32")
@@ -29,38 +30,39 @@ PANEL_COLUMNS = 128
 class Checkpoint:
     """The tensors of one model folder that its units need. Open with `Checkpoint.open`."""
 
-    def __init__(self, units: ModelUnits, files: dict[str, _File]):
+    def __init__(self, units: ModelUnits, places: dict[str, _Place]):
         self.units = units
-        self._files = files  # by tensor name
+        self._places = places  # by tensor name
         self._views: dict[str, Tensor] = {}
 
     @classmethod
     def open(cls, folder: str | Path, units: ModelUnits) -> Checkpoint:
         """Maps the weight files and checks every tensor that `units` needs: there, of the right shape, of a
-        dtype that can be converted. Tensors that are not needed (a tied lm_head) are ignored.
+        dtype that can be converted. Tensors that are not needed (a tied lm_head) are ignored. Experts may come
+        one by one or fused (`transfer.experts`).
 
         Raises CheckpointError, which names the file and the tensor, what was expected and what was found.
         """
         files = _open_files(Path(folder))
-        needed: dict[str, _File] = {}
-        for name, shape in _expected_shapes(units):
-            if name not in files:
+        places = {}
+        for name, shape in units.stored_tensors():
+            place = _find(files, units, name, shape)
+            if place is None:
                 raise CheckpointError(
                     f"{folder}: tensor {name} of shape {shape} is missing from the weight files. "
                     f"Download the model again, or check that config.json belongs to it."
                 )
-            files[name].check(name, shape)
-            needed[name] = files[name]
-        return cls(units, needed)
+            places[name] = place
+        return cls(units, places)
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor as stored: a view of the mapped file, not to be written to."""
         if name not in self._views:
-            self._views[name] = self._files[name].tensor(name)
+            self._views[name] = self._places[name].tensor()
         return self._views[name]
 
-    def read(self, tensor: UnitTensor, layer: int, first_unit: int, num_units: int, out: Tensor) -> None:
-        """Copies units `[first_unit, first_unit + num_units)` of `tensor` in `layer` into `out`.
+    def read(self, tensor: UnitTensor, copy: int, first_unit: int, num_units: int, out: Tensor) -> None:
+        """Copies units `[first_unit, first_unit + num_units)` of one copy of `tensor` into `out`.
 
         `out`: `[num_units * rows, hidden]` of the model's dtype, contiguous; per unit its parts are stacked
         (kv: rows of k, then of v; gate_up: rows of gate, then of up), columns become rows, and what lies
@@ -68,11 +70,20 @@ class Checkpoint:
         """
         assert out.shape == (num_units * tensor.rows, self.units.config.hidden_size), out.shape
         blocks = out.view(num_units, tensor.rows, -1)
+        if tensor.family == EXPERT:  # each has checkpoint tensors of its own
+            for index in range(num_units):
+                self._read_run(tensor, copy, first_unit + index, blocks[index : index + 1])
+        else:
+            self._read_run(tensor, copy, first_unit, blocks)
+
+    def _read_run(self, tensor: UnitTensor, copy: int, first_unit: int, blocks: Tensor) -> None:
+        """Into `blocks` `[units, rows, hidden]`."""
         first_row = 0
         for part in tensor.parts:
-            stored = self.tensor(part.name.format(layer=layer))
-            stop = min((first_unit + num_units) * part.extent, stored.shape[part.axis])
-            start = min(first_unit * part.extent, stop)
+            name, start = self.units.stored_at(tensor, part, copy, first_unit)
+            stored = self.tensor(name)
+            stop = min(start + blocks.shape[0] * part.extent, stored.shape[part.axis])
+            start = min(start, stop)
             source = stored[start:stop] if part.axis == 0 else stored[:, start:stop].t()
             _copy_units(blocks[:, first_row : first_row + part.extent], source)
             first_row += part.extent
@@ -122,6 +133,34 @@ class _File:
         return self._handle.get_tensor(name)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where a tensor is: under `name` in `file`; of a fused one, rows `[start, stop)` of `expert`."""
+
+    file: _File
+    name: str
+    expert: int | None = None
+    start: int = 0
+    stop: int = 0
+
+    def tensor(self) -> Tensor:
+        stored = self.file.tensor(self.name)
+        return stored if self.expert is None else stored[self.expert, self.start : self.stop]
+
+
+def _find(files: dict[str, _File], units: ModelUnits, name: str, shape: tuple[int, ...]) -> _Place | None:
+    """Where the tensor called `name` is stored, checked; None if it is not. Raises CheckpointError."""
+    if name in files:
+        files[name].check(name, shape)
+        return _Place(file=files[name], name=name)
+    fused = fused_place(name, shape, units.config)
+    if fused is None or fused.name not in files:
+        return None
+    file = files[fused.name]
+    file.check(fused.name, fused.shape)
+    return _Place(file=file, name=fused.name, expert=fused.expert, start=fused.start, stop=fused.start + shape[0])
+
+
 def _open_files(folder: Path) -> dict[str, _File]:
     """Tensor name -> the file that holds it, by the index if there is one, else by the files' own headers."""
     if (folder / INDEX_NAME).exists():
@@ -148,25 +187,6 @@ def _open_indexed(folder: Path) -> dict[str, _File]:
     for file in sorted(set(names.values())):
         opened[file] = _File(folder / file)
     return {name: opened[file] for name, file in names.items()}
-
-
-def _expected_shapes(units: ModelUnits) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every checkpoint tensor that the units need, with its shape in elements."""
-    for tensor in units.tensors:
-        for part in tensor.parts:
-            shape = _stored_shape(units, tensor, part)
-            for layer in range(units.num_copies(tensor)):
-                yield part.name.format(layer=layer), shape
-    for replicated in units.replicated:
-        for layer in range(units.num_copies(replicated)):
-            yield replicated.name.format(layer=layer), replicated.shape
-
-
-def _stored_shape(units: ModelUnits, tensor: UnitTensor, part: Source) -> tuple[int, int]:
-    hidden = units.config.hidden_size
-    # Only the vocabulary may end within a unit; the rest of its last unit is padding.
-    extent = units.config.vocab_size if not tensor.per_layer else units.num_units[tensor.family] * part.extent
-    return (extent, hidden) if part.axis == 0 else (hidden, extent)
 
 
 def _copy_units(blocks: Tensor, source: Tensor) -> None:
