@@ -19,7 +19,9 @@ from typing import Literal
 
 import msgspec
 
-Point = Literal["prefill", "decode", "collective", "between", "load", "form", "attach", "leave", "save", "restore"]
+Point = Literal[
+    "prefill", "decode", "collective", "between", "load", "form", "attach", "leave", "save", "restore", "arrange"
+]
 
 
 class Strike(msgspec.Struct, frozen=True, kw_only=True):

@@ -93,6 +93,16 @@ class CancelLoad(_Message):
     ticket: int
 
 
+class ArrangeUnits(_Message):
+    """Move units of the arena from their slots in `before` to those in `after` (family -> units), KV heads with
+    `blocks` of their planes. -> UnitsArranged"""
+
+    epoch: int
+    before: dict[str, list[int]]
+    after: dict[str, list[int]]
+    blocks: list[int]
+
+
 class MoveBlocks(_Message):
     """Copy KV blocks within the arena, all planes of `heads` (in slot order): (from, to). -> BlocksMoved"""
 
@@ -164,6 +174,7 @@ ToWorker = (
     | MoveBlocks
     | LoadUnits
     | CancelLoad
+    | ArrangeUnits
     | RestorePlanes
     | FormGroup
     | RunStep
@@ -232,6 +243,10 @@ class LoadCancelled(_Message):
     ticket: int
 
 
+class UnitsArranged(_Message):
+    epoch: int
+
+
 class BlocksMoved(_Message):
     epoch: int
 
@@ -284,6 +299,7 @@ FromWorker = (
     | LoadDone
     | LoadRefused
     | LoadCancelled
+    | UnitsArranged
     | BlocksMoved
     | PlanesRestored
     | BlocksSaved

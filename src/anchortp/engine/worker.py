@@ -44,6 +44,7 @@ from anchortp.layout import (
     shard_from_dict,
 )
 from anchortp.model import Decoder, ForwardBatch, KVCache, WeightViews
+from anchortp.recovery.change import arrangement
 from anchortp.state.client import AnchorClient
 from anchortp.state.wire import Channel
 from anchortp.transfer.checkpoint import Checkpoint
@@ -116,6 +117,7 @@ class Worker:
             m.LeaveEpoch: self._leave,
             m.LoadUnits: self._load,
             m.CancelLoad: self._cancel_load,
+            m.ArrangeUnits: self._arrange,
             m.FormGroup: self._form,
             m.RunStep: self._run_step,
             m.MoveBlocks: self._move_blocks,
@@ -224,6 +226,27 @@ class Worker:
 
     def _cancel_load(self, order: m.CancelLoad) -> None:
         self._channel.send(m.LoadCancelled(ticket=order.ticket))
+
+    def _arrange(self, order: m.ArrangeUnits) -> None:
+        """Closes the slots of units that were given up. Nobody computes meanwhile; no copy overwrites a source."""
+        if order.epoch != self._epoch:
+            return
+        a = self._assigned()
+        a.probe.at("arrange")
+        before, after = shard_from_dict(a.device, order.before), shard_from_dict(a.device, order.after)
+        steps = arrangement(before, after)
+        weights = self._mapped(WEIGHTS_ARENA)
+        for family, source, target in steps:
+            for (start, stop), (to, _) in zip(
+                a.weights.slot_ranges(family, source, source + 1),
+                a.weights.slot_ranges(family, target, target + 1),
+                strict=True,
+            ):
+                weights[to : to + stop - start] = weights[start:stop]
+        moved = [after[KV][target] for family, _, target in steps if family == KV]
+        if moved and order.blocks:
+            self._blocks(after[KV]).copy_from(self._mapped(KV_ARENA), before[KV], order.blocks, moved)
+        self._channel.send(m.UnitsArranged(epoch=order.epoch))
 
     # ------------------------------------------------------------------------------------- the cache's blocks
 
