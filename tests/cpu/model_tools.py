@@ -264,10 +264,16 @@ class TPGroup:
 
 
 def load_group(
-    folder: Path, layout: Layout | int = 1, *, block_size: int = 4, num_blocks: int = 64, dtype: str = "auto"
+    folder: Path,
+    layout: Layout | int = 1,
+    *,
+    block_size: int = 4,
+    num_blocks: int = 64,
+    dtype: str = "auto",
+    expert_cut: str = "experts",
 ) -> TPGroup:
     """A `TPGroup` over the model in `folder`; `layout` may be a number of devices with equal shards."""
-    units = model_units(load_model_config(folder, dtype))
+    units = model_units(load_model_config(folder, dtype, expert_cut))
     if isinstance(layout, int):
         layout = initial_layout(units, devices(layout))
     return TPGroup(folder, units, layout, block_size, num_blocks)

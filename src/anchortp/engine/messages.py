@@ -273,11 +273,16 @@ class GroupFormed(_Message):
 
 
 class StepDone(_Message):
-    """From rank 0. `sampled`: by request id."""
+    """From rank 0. `sampled`: by request id.
+
+    `expert_load`, of a mixture of experts and not in every step: int32 `[layers, experts]` in this machine's byte
+    order, the tokens that each expert has had since the last report of this epoch.
+    """
 
     epoch: int
     step: int
     sampled: dict[str, SampledToken]
+    expert_load: bytes = b""
 
 
 class HandedOver(_Message):

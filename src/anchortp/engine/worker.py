@@ -56,6 +56,7 @@ IDLE_TIMEOUT_S = 1e6  # an idle worker waits; it dies with the controller (PR_SE
 GROUP_TIMEOUT_S = 600.0
 ANCHOR_TIMEOUT_S = 5.0  # shorter than the controller waits for a worker to leave an epoch
 PROGRESS_EVERY_S = 0.05
+EXPERT_LOAD_EVERY_S = 1.0
 
 
 def worker_main(sock: socket.socket) -> None:
@@ -110,6 +111,7 @@ class Worker:
         self._kv_heads: tuple[int, ...] = ()
         self._mapped_mirror: tuple[str, torch.Tensor] | None = None
         self._sampler = Sampler()
+        self._next_expert_load_s = 0.0
 
     def serve(self) -> None:
         handlers: dict[type, Callable[..., None]] = {
@@ -365,8 +367,17 @@ class Worker:
             sampling = [seq for seq in batch.seqs if seq.sample]
             tokens = self._sampler.sample(logits, sampling)
             sampled = {seq.request_id: token for seq, token in zip(sampling, tokens, strict=True)}
-            self._channel.send(m.StepDone(epoch=order.epoch, step=batch.step, sampled=sampled))
+            load = self._expert_load(self._decoder)
+            self._channel.send(m.StepDone(epoch=order.epoch, step=batch.step, sampled=sampled, expert_load=load))
         a.probe.at("between")
+
+    def _expert_load(self, decoder: Decoder) -> bytes:
+        """What StepDone carries: at most every `EXPERT_LOAD_EVERY_S`, else nothing."""
+        now_s = time.monotonic()
+        if decoder.moe is None or now_s < self._next_expert_load_s:
+            return b""
+        self._next_expert_load_s = now_s + EXPERT_LOAD_EVERY_S
+        return decoder.moe.take_load()
 
     # ------------------------------------------------------------------------------------------- helpers
 
