@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from anchortp.cli.bench import app as bench_app
 from anchortp.errors import AnchorTPError
 
 app = typer.Typer(
@@ -252,6 +253,8 @@ def plan(
     )
     planner.run(options, json_output=json_output, plot=plot, explain_unit=explain)
 
+
+app.add_typer(bench_app, name="bench")
 
 topology_app = typer.Typer(help="Devices and links: show a topology, or measure this machine.", no_args_is_help=True)
 app.add_typer(topology_app, name="topology")
