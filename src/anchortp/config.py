@@ -373,6 +373,12 @@ def _available_bytes() -> int:
     raise ConfigError("/proc/meminfo does not say how much memory is available; give --device-memory.")
 
 
+def cache_folder() -> Path:
+    """Where models, data and environments fetched by this project are kept: outside of any checkout."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ANCHORTP_CACHE") or Path(base, "anchortp"))
+
+
 def default_runtime_dir() -> Path:
     """Where anchors and server meet: `$ANCHORTP_RUNTIME_DIR`, else a private folder of this user."""
     if given := os.environ.get("ANCHORTP_RUNTIME_DIR"):

@@ -30,7 +30,7 @@ COMMON = {"errors", "config"}
 PURE = ("layout", "plan", "recovery")
 IMPURE_MODULES = {"torch", "socket", "threading", "time", "asyncio", "multiprocessing", "subprocess", "selectors"}
 LIGHT = ("anchortp.layout", "anchortp.plan", "anchortp.recovery", "anchortp.arena", "anchortp.state.anchor")
-LIGHT += ("anchortp.bench.supervisor", "anchortp.bench.stats")
+LIGHT += ("anchortp.bench.recovery", "anchortp.bench.supervisor", "anchortp.bench.stats")
 
 
 def imported(path: Path) -> set[str]:

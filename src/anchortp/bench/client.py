@@ -37,6 +37,7 @@ class Attempt:
     times_s: list[float] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
     text: str = ""
+    exact: bool = False  # the server told token ids
     num_said: int = 0
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0
@@ -93,6 +94,7 @@ def _take(event: dict[str, Any], attempt: Attempt) -> None:
         attempt.num_cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     for choice in event.get("choices", ()):
         token_ids, text = choice.get("token_ids"), choice.get("text")
+        attempt.exact |= token_ids is not None
         count = bool(text) if token_ids is None else len(token_ids)
         if count:
             attempt.times_s.append(time.monotonic())

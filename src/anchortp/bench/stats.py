@@ -4,8 +4,7 @@ All of it is seen from the clients. `deliveries` are (time in s, tokens) of all 
 
 **Outage.** After a fault tokens that were on their way still arrive, and a healthy system too is silent between two
 steps. So the outage is the longest silence (no token for any client) that begins between the fault and the `grace`
-after it; the grace is the longest silence in the `HEALTHY_S` before the fault, plus the time that injecting took. A
-step that was under way ends within it.
+after it; the grace is the longest silence in the `HEALTHY_S` before the fault: a step that was under way ends in it.
 
 **TFS**, time to first success: from the fault to the end of the outage. None if no token came after it.
 
@@ -49,11 +48,10 @@ class Peak:
     tokens_per_s: float
 
 
-def outage(deliveries: Deliveries, fault_s: float, injected_s: float) -> Outage:
-    """`injected_s`: when injecting the fault had come back."""
+def outage(deliveries: Deliveries, fault_s: float) -> Outage:
     times = [t for t, _ in deliveries]
     first = bisect.bisect_left(times, fault_s)
-    grace_s = injected_s - fault_s + longest_silence(times[:first], fault_s - HEALTHY_S)
+    grace_s = longest_silence(times[:first], fault_s - HEALTHY_S)
     begins = [fault_s, *itertools.takewhile(lambda t: t <= fault_s + grace_s, times[first:])]
     best = Outage(began_s=begins[0], ended_s=None)
     longest_s = -1.0

@@ -63,17 +63,17 @@ class Supervisor:
         self._stopping = True
         await self._clean_up()
 
-    def strike(self, devices: tuple[str, ...], *, gone: bool) -> None:
+    def strike(self, devices: tuple[str, ...], *, gone: bool) -> float:
         """The fault of a system that has no anchors: its processes are killed. `gone`: the next start does without
-        these devices."""
+        these devices. Returns the moment (CLOCK_MONOTONIC). From any thread. Raises EngineStopped."""
         if gone:
             self.devices = tuple(device for device in self.devices if device not in devices)
         pattern = self.system.victim if self.system.faults == "victim" else ""
-        killed = self._kill(pattern)
-        if not killed:
+        found = self._marked(pattern)
+        fault_s = time.monotonic()
+        if not _kill(found):
             raise EngineStopped(f"system {self.system.name}: no process matches {pattern!r}; correct its `victim`.")
-        if not pattern:
-            self.up.clear()
+        return fault_s
 
     def raise_if_gone(self) -> None:
         """What went wrong while the system was started again, if anything did."""
@@ -151,7 +151,7 @@ class Supervisor:
                 return
             self.up.clear()
             ended_s = time.monotonic()
-            self._kill()
+            _kill(self._marked())
             await self._start()
             self.restarts.append(time.monotonic() - ended_s)
 
@@ -167,27 +167,19 @@ class Supervisor:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
         deadline_s = time.monotonic() + KILL_TIMEOUT_S
-        while self._kill():
+        while _kill(self._marked()):
             if time.monotonic() > deadline_s:
-                raise EngineStopped(f"processes of system {self.system.name} do not end: {sorted(self._marked())}")
+                raise EngineStopped(f"processes of system {self.system.name} do not end: {self._marked()}")
             await asyncio.sleep(PROBE_S)
         if self._process is not None:
             await self._process.wait()
         shutil.rmtree(self.runtime_dir, ignore_errors=True)
 
-    def _kill(self, pattern: str = "") -> int:
-        """SIGKILL for all processes of the system whose command line matches; how many there were."""
-        found = [pid for pid, line in self._marked().items() if re.search(pattern, line)]
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        return len(found)
-
-    def _marked(self) -> dict[int, str]:
-        """Command lines by pid of all living processes that the system has started: those with the mark, and those
-        of its session (a process that gives itself a title overwrites the environment that others see)."""
+    def _marked(self, pattern: str = "") -> list[int]:
+        """The living processes that the system has started and whose command line matches: those with the mark, and
+        those of its session (a process that gives itself a title overwrites the environment that others see)."""
         wanted = f"{MARK}={self._mark}".encode()
-        found = {}
+        found = []
         for entry in Path("/proc").iterdir():
             if entry.name.isdecimal():
                 with contextlib.suppress(OSError):  # it ended, or is not ours to read
@@ -196,8 +188,18 @@ class Supervisor:
                     ours = int(session) in self._sessions or wanted in (entry / "environ").read_bytes().split(b"\0")
                     if ours and state != "Z":
                         line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                        found[int(entry.name)] = line
+                        found += [int(entry.name)] if re.search(pattern, line) else []
         return found
+
+
+def _kill(pids: list[int]) -> int:
+    """SIGKILL; how many of them were still there."""
+    killed = 0
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            killed += 1
+    return killed
 
 
 def free_port() -> int:

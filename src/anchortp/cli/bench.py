@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
@@ -74,6 +76,7 @@ def serving(
     from anchortp.bench import systems as adapters
     from anchortp.bench.client import Target
     from anchortp.bench.prompts import vocabulary_size
+    from anchortp.cli.bench_view import show_serving
     from anchortp.cli.serving import resolve_folder
 
     folder = resolve_folder(model)
@@ -108,26 +111,112 @@ def serving(
         except KeyboardInterrupt:
             document["interrupted"] = True
             tell("interrupted; this is what was measured so far")
-    _show_serving(document)
+    show_serving(document)
     finish(document)
 
 
-def _show_serving(document: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+class Kind(StrEnum):
+    lost = "lost"
+    crash = "crash"
+    hang = "hang"
 
-    table = Table(title=f"{document['model']}: tokens per second, medians")
-    for column in ("system", "start", "many", "first token", "alone", "first token", "prefill"):
-        table.add_column(column, justify="left" if column == "system" else "right")
-    for name, found in document["systems"].items():
-        many, alone, prefill = found["batched"], found["alone"], found["prefill"]
-        table.add_row(
-            name,
-            f"{found['start_s']:.1f} s" if "start_s" in found else "-",
-            f"{many['output_tokens_per_s']:.1f}",
-            f"{1e3 * many['first_token_s']:.0f} ms",
-            f"{alone['output_tokens_per_s']:.1f}",
-            f"{1e3 * alone['first_token_s']:.0f} ms",
-            f"{prefill['prompt_tokens_per_s']:.0f}",
-        )
-    Console(file=sys.stderr).print(table)
+
+class Trace(StrEnum):
+    sharegpt = "sharegpt"
+    synthetic = "synthetic"
+
+
+class Arrivals(StrEnum):
+    fixed = "fixed"
+    poisson = "poisson"
+    bursty = "bursty"
+
+
+Output = Annotated[
+    Path | None, typer.Option(help="Keep each run in this folder; runs that it holds already are not run again.")
+]
+Budget = Annotated[
+    float | None, typer.Option(help="Seconds. No run is begun that would end later; go on with the same command.")
+]
+
+
+@app.command()
+def recovery(
+    model: Model = "smollm2",
+    systems: Systems = "anchortp,anchortp-restart",
+    tp: Annotated[int, typer.Option(min=2)] = 4,
+    at: Annotated[list[float] | None, typer.Option(help="Share of the requests sent at the fault; repeat.")] = None,
+    lose: Annotated[int, typer.Option(min=1, help="Devices that each fault strikes.")] = 1,
+    kind: Annotated[Kind, typer.Option(help="As in `anchortp fault`.")] = Kind.lost,
+    fault_script: Annotated[
+        Path | None,
+        typer.Option(help='Instead: a JSON list of {"at": 0.25, "devices": ["cpu:2"], "kind": "lost", "after_s": 0}.'),
+    ] = None,
+    trace: Annotated[Trace, typer.Option(help="sharegpt, or synthetic: all prompts and answers of one length.")] = (
+        Trace.sharegpt
+    ),
+    requests: Annotated[int, typer.Option(min=1)] = 1000,
+    arrivals: Annotated[Arrivals, typer.Option(help="bursty: gaps with twice their mean as deviation.")] = (
+        Arrivals.fixed
+    ),
+    rate: Annotated[float, typer.Option(help="Requests per second.")] = 2.5,
+    max_input: Annotated[int, typer.Option(min=1, help="Tokens of a prompt; what is longer is cut.")] = 128,
+    max_output: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 96,
+    multi_turn: Annotated[bool, typer.Option("--multi-turn", help="Whole conversations, with their history.")] = False,
+    seed: int = 0,
+    device_memory: Annotated[str, typer.Option(help="Of each device of `anchortp serve`.")] = "1G",
+    output: Output = None,
+    budget_s: Budget = None,
+    vllm_dir: VllmDir = None,
+    serve_option: ServeOption = None,
+) -> None:
+    """A load with a fault in the middle: TFS, TTP, gaps, throughput, failed requests, for each system."""
+    from anchortp.bench import faults, vllm_env
+    from anchortp.bench import recovery as bench
+    from anchortp.bench import systems as adapters
+    from anchortp.bench.workload import WorkloadOptions
+    from anchortp.cli.serving import resolve_folder
+
+    folder = resolve_folder(model)
+    devices = tuple(f"cpu:{i}" for i in range(tp))
+    if fault_script is not None:
+        struck = faults.read_script(fault_script, devices)
+    else:
+        struck = faults.standard(tuple(at or [0.25]), kind.value, devices, lose)
+    serve_options = (f"--device-memory={device_memory}", *(serve_option or ()))
+    chosen = adapters.resolve(systems.split(","), vllm_dir or vllm_env.default_folder(), serve_options)
+    workload = WorkloadOptions(
+        trace=trace.value,
+        requests=requests,
+        arrivals=arrivals.value,
+        rate=rate,
+        max_input=max_input,
+        max_output=max_output,
+        multi_turn=multi_turn,
+        seed=seed,
+    )
+    cases = [
+        bench.Case(model=folder, devices=devices, faults=struck, workload=workload, system=system) for system in chosen
+    ]
+    finish(_run_cases(cases, output, budget_s))
+
+
+def _run_cases(cases: list[Any], output: Path | None, budget_s: float | None) -> dict[str, Any]:
+    """Runs them with progress on stderr; the document of all. Curves stay in the files, or here if there are none."""
+    from anchortp.bench import machine
+    from anchortp.bench import recovery as bench
+    from anchortp.cli.bench_view import Progress, show_recovery
+
+    runs = []
+    with Progress(len(cases)) as progress, contextlib.suppress(KeyboardInterrupt):
+        for document in bench.run(cases, output, budget_s, progress.tell, progress.observe):
+            runs.append(document)
+            progress.done()
+    show_recovery(runs)
+    return {
+        "benchmark": "recovery",
+        "conditions": machine.conditions(),
+        "num_cases": len(cases),
+        "interrupted": len(runs) < len(cases) or any(run.get("interrupted") for run in runs),
+        "runs": runs,
+    }
