@@ -1,8 +1,8 @@
 """Small changes to a placement that balance allows: which odd unit could be received by another device instead.
 
 Used by the `makespan` policy. A change is a unit of one family that goes to device b instead of a, or that together
-with a unit of another family that goes to a instead of b; or a q head that goes to b instead of a, in exchange for one
-that b has and whose KV head is at a. What it gains is estimated with the prices of the links: a byte that is delivered
+with a unit of another family that goes to a instead of b; or the q heads of a KV head that go to b instead of a, in exchange for as
+many that b has and whose KV heads are at a. What it gains is estimated with the prices of the links: a byte that is delivered
 at b instead of a costs `far[b] - far[a]` less.
 """
 
@@ -19,15 +19,15 @@ from anchortp.plan.problem import Problem
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """One unit of `family`, now to be received by device `a`, is received by `b`. `which`: the share (an index), or
-    the q head. `back`: the q head that `a` receives instead, from `b`."""
+    """One unit of `family`, now to be received by device `a`, is received by `b`. `which`: the share (its index),
+    or the q heads. `back`: q heads that `a` receives instead, from `b`."""
 
     family: str
     a: str
     b: str
-    which: int
+    which: tuple[int, ...]
     gain: float
-    back: int | None = None
+    back: tuple[int, ...] = ()
 
 
 Change = tuple[Shift, ...]
@@ -62,25 +62,24 @@ def changed(problem: Problem, placement: Placement, change: Change) -> Placement
         if shift.family == ATTENTION:
             placement = _with_head_moved(problem, placement, shift)
         else:
-            share = placement.shares[shift.which]
+            share = placement.shares[shift.which[0]]
             incoming = share.incoming | {
                 shift.a: share.incoming[shift.a] - 1,
                 shift.b: share.incoming[shift.b] + 1,
             }
             shares = list(placement.shares)
-            shares[shift.which] = replace(share, incoming=incoming)
+            shares[shift.which[0]] = replace(share, incoming=incoming)
             placement = replace(placement, shares=shares)
     return placement
 
 
 def _with_head_moved(problem: Problem, placement: Placement, shift: Shift) -> Placement:
     heads, kept, holder = dict(placement.heads), placement.kept[ATTENTION], placement.head_holder
-    heads[shift.a] = [head for head in heads[shift.a] if head != shift.which]
-    heads[shift.b] = sorted([*heads[shift.b], shift.which])
-    if shift.back is not None:
-        kept = kept | {shift.b: tuple(head for head in kept[shift.b] if head != shift.back)}
-        holder = holder | {shift.back: shift.b}
-        heads[shift.a] = sorted([*heads[shift.a], shift.back])
+    heads[shift.a] = sorted({*heads[shift.a], *shift.back}.difference(shift.which))
+    heads[shift.b] = sorted([*heads[shift.b], *shift.which])
+    if shift.back:
+        kept = kept | {shift.b: tuple(head for head in kept[shift.b] if head not in shift.back)}
+        holder = holder | dict.fromkeys(shift.back, shift.b)
     kept_kv, kv = kv_after(problem, kept, heads)
     return replace(
         placement, heads=heads, head_holder=holder, kept=placement.kept | {ATTENTION: kept, KV: kept_kv}, kv=kv
@@ -100,7 +99,7 @@ def _family_shifts(problem: Problem, placement: Placement, family: str, far: Map
             if a != b and far[a] != far[b]:
                 which = next((i for i, s in shares if _can_shift(s, a, b)), None)
                 if which is not None:
-                    yield Shift(family, a, b, which, size * (far[a] - far[b]))
+                    yield Shift(family, a, b, (which,), size * (far[a] - far[b]))
 
 
 def _can_shift(share: Share, a: str, b: str) -> bool:
@@ -131,21 +130,19 @@ def _head_shifts(problem: Problem, placement: Placement, far: Mapping[str, float
                     continue
                 there = group in placement.kv[b] or group in problem.held.get(KV, {}).get(b, ())
                 opens = 0.0 if there else kv_size * far[b]
-                yield Shift(ATTENTION, a, b, head, size * (far[a] - far[b]) + closes - opens)
+                yield Shift(ATTENTION, a, b, (head,), size * (far[a] - far[b]) + closes - opens)
 
 
 def _exchanges(problem: Problem, placement: Placement, far: Mapping[str, float]) -> Iterator[Shift]:
-    """A q head for which alone `a` would need a KV head, for one that `b` has and whose KV head is at `a`."""
+    """The q heads for which alone `a` would need a KV head, for as many that `b` has and whose KV heads are at `a`."""
     kept, heads, held_kv = placement.kept[ATTENTION], placement.heads, problem.held.get(KV, {})
     for a in problem.devices:
         for group in placement.kv[a]:
-            mine = [head for head in heads[a] if problem.kv_head_of(head) == group]
-            if len(mine) != 1 or any(problem.kv_head_of(head) == group for head in kept[a]):
-                continue
+            mine = tuple(head for head in heads[a] if problem.kv_head_of(head) == group)
             for b in problem.devices:
+                back = [h for h in reversed(kept[b]) if problem.kv_head_of(h) in held_kv.get(a, ())][: len(mine)]
                 there = group in placement.kv[b] or group in held_kv.get(b, ())
-                costs = problem.size(ATTENTION) + (0 if there else problem.kv_bytes)
+                costs = len(mine) * problem.size(ATTENTION) + (0 if there else problem.kv_bytes)
                 gain = problem.kv_bytes * far[a] - costs * far[b]
-                back = next((h for h in reversed(kept[b]) if problem.kv_head_of(h) in held_kv.get(a, ())), None)
-                if a != b and back is not None and gain > 0:
-                    yield Shift(ATTENTION, a, b, mine[0], gain, back)
+                if a != b and len(back) == len(mine) and gain > 0:
+                    yield Shift(ATTENTION, a, b, mine, gain, tuple(back))
