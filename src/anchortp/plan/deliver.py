@@ -178,14 +178,14 @@ def _kv_items(problem: Problem, placement: Placement) -> tuple[list[Item], list[
 def _spread_copies(
     family: str, unit: int, devices: Sequence[str], sources: tuple[str, ...], problem: Problem
 ) -> list[Item]:
-    """One item per device. If no device holds the unit yet, the first on each island may forward it to those that
-    come later."""
-    items, first = [], {}
-    known = any(source in problem.alive for source in sources) or not problem.network.relays
+    """One item per device. On each island where no device of the group holds the unit yet, the first may forward it to
+    those that come later."""
+    islands, first, items = problem.islands, {}, []
+    there = {islands[source] for source in sources if source in islands}
     for device in devices:
         items.append(Item(family, device, (unit,), (*first.values(), *sources)))
-        if not known:
-            first.setdefault(problem.islands[device], device)
+        if problem.network.relays and islands[device] not in there:
+            first.setdefault(islands[device], device)
     return items
 
 
