@@ -31,6 +31,15 @@ AnchorTPError
 from __future__ import annotations
 
 
+def in_words(num_bytes: int) -> str:
+    """`140.6 GB (140,633,518,080 bytes)`: to be grasped, and to be compared."""
+    exact = f"{num_bytes:,} bytes"
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit} ({exact})"
+    return exact
+
+
 class AnchorTPError(Exception):
     """Base of all errors raised on purpose by this package."""
 
@@ -68,8 +77,9 @@ class BudgetExceeded(CapacityError):
         self.committed_bytes = committed_bytes
         self.budget_bytes = budget_bytes
         super().__init__(
-            f"{device}: {requested_bytes} bytes more do not fit: {committed_bytes} of {budget_bytes} bytes are "
-            f"in use. Give the device a larger budget, use more devices, or keep less KV cache."
+            f"{device}: {in_words(requested_bytes)} more do not fit: {in_words(committed_bytes)} of "
+            f"{in_words(budget_bytes)} are in use. "
+            f"Give the device a larger budget, use more devices, or keep less KV cache."
         )
 
 

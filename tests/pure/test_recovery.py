@@ -349,7 +349,7 @@ def test_too_little_memory_shrinks_the_kv_cache_first_and_then_refuses():
     world.lose("cpu:2")
     world.settle()
     assert world.coordinator.phase == REFUSING
-    assert re.search(r"cpu:3 would hold \d+ bytes of weights, its budget is \d+", world.commands[-1].reason)
+    assert re.search(r"cpu:3 would hold .* bytes\) of weights, its budget is .* bytes\)", world.commands[-1].reason)
     assert world.coordinator.layout == held, "the state is kept"
 
 

@@ -1,9 +1,9 @@
 """Small changes to a placement that balance allows: which odd unit could be received by another device instead.
 
-Used by the `makespan` policy. A change is a unit of one family that goes to device b instead of a, or that together
-with a unit of another family that goes to a instead of b; or the q heads of a KV head that go to b instead of a, in exchange for as
-many that b has and whose KV heads are at a. What it gains is estimated with the prices of the links: a byte that is delivered
-at b instead of a costs `far[b] - far[a]` less.
+Used by the `makespan` policy. A change is one of three: a unit of one family goes to device b instead of a; the same,
+and a unit of another family goes to a instead of b; the q heads of one KV head go to b instead of a, in exchange for as
+many that b has and whose KV heads are at a. What it gains is estimated with the prices of the links: a byte that is
+delivered at b instead of a costs `far[a] - far[b]` less.
 """
 
 from __future__ import annotations
