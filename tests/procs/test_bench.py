@@ -17,6 +17,20 @@ from tests.cpu.fake_engine import byte_level_bpe, save_tokenizer
 from tests.procs.engine_tools import DEADLINE_S, nothing_left, processes_naming
 from tests.tiny_model import write_model
 
+BURST = {"output_tokens_per_s": 9.0, "prompt_tokens_per_s": 8.0, "first_token_s": 0.1}
+RUN = BURST | {"gap_s": {"median": 0.01, "p99": 0.02}}
+SERVING = {
+    "benchmark": "serving",
+    "model": "tiny",
+    "tp": 2,
+    "systems": {
+        "other": {
+            "options": {"requests": 4, "input": 8, "output": 6, "concurrency": 2},
+            **dict.fromkeys(("batched", "alone", "prefill"), BURST | {"runs": [RUN]}),
+        }
+    },
+}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -128,6 +142,39 @@ def test_ctrl_c_keeps_what_was_measured(folder, other, tmp_path, monkeypatch):
     document = json.loads(stdout.splitlines()[-1])
     (run,) = document["runs"]
     assert document["interrupted"] and run["requests"]["sent"] < 1000 and not (tmp_path / "results").exists()
+
+
+def test_a_victim_of_another_system_and_the_report_of_all(folder, other, tmp_path, monkeypatch):
+    """The system itself notices that its worker is gone, and ends; then the supervisor starts it again."""
+    raw = json.loads(other.read_text())
+    victim = tmp_path / "victim.json"
+    victim.write_text(json.dumps(raw | {"name": "noticing", "faults": "victim", "victim": "fake-worker"}))
+    results = tmp_path / "results"
+    with in_private_tmp(monkeypatch):
+        document = recovery(folder, f"{victim},{other}", "--output", results, "--arrivals", "poisson", "--at", "0.5")
+    (tmp_path / "serving.json").write_text(json.dumps(SERVING))
+    planned = tmp_path / "planner.json"
+    bench("planner", "--models", "Qwen3-8B", "--repeats", 1, "--output", planned)
+    for run in document["runs"]:
+        assert run["requests"]["finished"] == 40 and len(run["restarts_s"]) == 1
+    made = bench("report", results, tmp_path / "serving.json", planned, "--output", tmp_path, "--name", "tiny")
+    markdown, page = (Path(made[kind]).read_text() for kind in ("markdown", "html"))
+    assert "| noticing | lost cpu:1 at" in markdown and "makespan" in markdown and "TFS" in markdown
+    pictures = sorted(path.name for path in (tmp_path / "tiny").iterdir())
+    assert pictures == ["throughput-0-noticing.png", "throughput-0-other.png", "throughput-0.png"]
+    assert all(f"tiny/{name}" in markdown for name in pictures) and page.count("data:image/png") == 3
+    assert str(tmp_path) not in markdown, "no path of this machine"
+
+
+def test_a_system_that_does_not_start_is_told_and_the_others_run(folder, other, tmp_path, monkeypatch):
+    broken = tmp_path / "broken.json"
+    broken.write_text(json.dumps({"name": "broken", "command": [sys.executable, "-c", "print('out of luck')"]}))
+    with in_private_tmp(monkeypatch):
+        document = recovery(folder, f"{broken},{other}", "--output", tmp_path / "results")
+    first, second = document["runs"]
+    assert "status 0 before it answered" in first["error"] and "out of luck" in first["error"]
+    assert second["requests"]["finished"] == 40
+    assert len(list((tmp_path / "results").iterdir())) == 1, "it may start the next time"
 
 
 def wait_until(condition):

@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "model": {"layout"},
     "engine": {"recovery", "model", "comm", "transfer", "state", "arena", "plan", "layout"},
     "server": {"engine"},
-    "bench": {"state"},
+    "bench": {"state", "plan", "layout"},
     "cli": {"bench", "server", "engine", "transfer", "state", "plan", "layout"},
 }
 COMMON = {"errors", "config"}

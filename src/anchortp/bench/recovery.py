@@ -52,7 +52,7 @@ class Case:
             "model": self.model.name,
             "change": self.change,
             "devices": list(self.devices),
-            "faults": msgspec.to_builtins(self.faults),
+            "faults_planned": msgspec.to_builtins(self.faults),
             "workload": self.workload.as_dict(),
             "system": msgspec.to_builtins(self.system) | {"command": _without_paths(self.system.command)},
         }
@@ -130,12 +130,11 @@ async def _play(case: Case, sessions: tuple[Session, ...], observe: Observer) ->
                     task.cancel()
                 await asyncio.gather(playing, striking, stopping, return_exceptions=True)
             status = await supervisor.status()
-            last_due_s = max((sent.due_s for sent in load.sent), default=load.began_s)
             return {
                 "interrupted": interrupted.is_set(),
                 "start_s": started_s,
                 "restarts_s": supervisor.restarts,
-                **measures.measure(load.sent, struck, load.began_s, last_due_s),
+                **measures.measure(load.sent, struck, load.began_s),
                 "engine": _engine(status, load.began_s),
             }
 
