@@ -8,12 +8,14 @@ import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
-from anchortp.bench import faults, grid, sharegpt, systems, workload
+from anchortp.bench import faults, grid, padding, sharegpt, systems, workload
 from anchortp.bench.systems import System
 from anchortp.bench.workload import WorkloadOptions
 from anchortp.errors import ConfigError
 from tests.cpu.fake_engine import byte_level_bpe
+from tests.tiny_model import Oracle, write_model
 
 DEVICES = tuple(f"cpu:{index}" for index in range(4))
 
@@ -141,21 +143,38 @@ def test_a_command_is_filled_in_and_knows_its_placeholders():
         System(name="s", command=("{modle}",)).command_for(**values)
 
 
-def test_systems_by_name_and_file(tmp_path):
+def test_systems_by_name_and_file(model, tmp_path):
     path = tmp_path / "other.json"
     path.write_text('{"name": "other", "command": ["other"], "faults": "victim", "victim": "worker"}')
     options = ("--device-memory=1G",)
-    found = systems.resolve(["anchortp", "anchortp-restart", "anchortp-published", str(path)], tmp_path, options)
+    found = systems.resolve(
+        ["anchortp", "anchortp-restart", "anchortp-published", str(path)], tmp_path, tmp_path, options
+    )
     assert [system.name for system in found] == ["anchortp", "anchortp-restart", "anchortp-published", "other"]
     assert [system.faults for system in found] == ["anchor", "everything", "anchor", "victim"]
     assert all("--device-memory=1G" in system.command for system in found[:3])
     with pytest.raises(ConfigError, match="no system is called 'nonesuch'"):
-        systems.resolve(["nonesuch"], tmp_path)
+        systems.resolve(["nonesuch"], model, tmp_path)
     with pytest.raises(ConfigError, match="setup-vllm"):
-        systems.resolve(["vllm-tp1-eager"], tmp_path)
+        systems.resolve(["vllm-tp1-eager"], model, tmp_path)
     path.write_text('{"name": "other"}')
     with pytest.raises(ConfigError, match="command"):
-        systems.resolve([str(path)], tmp_path)
+        systems.resolve([str(path)], tmp_path, tmp_path)
+
+
+def test_a_model_with_heads_of_zeros_answers_the_same(tmp_path, monkeypatch):
+    """TINY has 6 q and 2 KV heads: at 3 devices of equal shares it needs 9 and 3."""
+    monkeypatch.setenv("ANCHORTP_CACHE", str(tmp_path / "cache"))
+    plain = write_model(tmp_path / "plain")
+    assert padding.padded(plain, 2) == plain
+    folder = padding.padded(plain, 3)
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["num_attention_heads"], config["num_key_value_heads"], config["head_dim"]) == (9, 3, 16)
+    prompt = [5, 100, 3, 250, 17]
+    assert torch.allclose(Oracle(folder).logits(prompt), Oracle(plain).logits(prompt), atol=1e-5)
+    assert padding.padded(plain, 3) == folder and sorted(p.name for p in (tmp_path / "cache" / "models").iterdir()) == [
+        folder.name
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------- grid
@@ -168,8 +187,7 @@ def test_the_grid_has_the_most_telling_runs_first():
         System(name="fixed", command=("c",), degrees=(1,)),
     ]
     found = grid.cases(
-        models=[Path("m")],
-        systems=chosen,
+        models={Path("m"): chosen},
         changes=grid.parse_changes("4-3,8-6"),
         shares=(0.25, 0.5),
         workload=WorkloadOptions(requests=1000),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,25 +26,24 @@ def parse_changes(text: str) -> tuple[tuple[int, int], ...]:
 
 def cases(
     *,
-    models: Sequence[Path],
-    systems: Sequence[System],
+    models: Mapping[Path, Sequence[System]],
     changes: Sequence[tuple[int, int]],
     shares: Sequence[float],
     workload: WorkloadOptions,
     requests_more: int,
 ) -> list[Case]:
-    """Per model: losses at the first change with the whole workload; then, with `requests_more` requests, a crash and
-    a hang there, and losses at all other changes.
+    """`models`: the systems of each. Per model: losses at the first change with the whole workload; then, with
+    `requests_more` requests, a crash and a hang there, and losses at all other changes.
 
     A system of a fixed degree starts again as it was, whatever is lost: it takes part in the first change alone. So
     does one that is killed whole in crashes and hangs, which are losses to it.
     """
     less = replace(workload, requests=min(requests_more, workload.requests))
-    elastic = [system for system in systems if system.faults == "anchor"]
-    resized = [system for system in systems if system.degrees is None]
     first, *others = changes
     found: list[Case] = []
-    for model in models:
+    for model, systems in models.items():
+        elastic = [system for system in systems if system.faults == "anchor"]
+        resized = [system for system in systems if system.degrees is None]
         found += _losses(model, systems, first, shares, workload)
         for kind in ("crash", "hang"):
             found += _each(model, elastic, first, standard((shares[0],), kind, _devices(first), 1), less)

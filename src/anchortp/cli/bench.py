@@ -103,7 +103,9 @@ def serving(
         target = Target(host=place.hostname, port=place.port, model=served_name or folder.name)
         document["systems"][url] = asyncio.run(bench.measure(target, vocabulary_size(folder), options, tell))
     else:
-        chosen = adapters.resolve(systems.split(","), vllm_dir or vllm_env.default_folder(), tuple(serve_option or ()))
+        chosen = adapters.resolve(
+            systems.split(","), folder, vllm_dir or vllm_env.default_folder(), tuple(serve_option or ())
+        )
         devices = tuple(f"cpu:{i}" for i in range(tp))
         try:
             for name, measured in bench.run(chosen, folder, devices, options, tell):
@@ -184,7 +186,7 @@ def recovery(
     else:
         struck = faults.standard(tuple(at or [0.25]), kind.value, devices, lose)
     serve_options = (f"--device-memory={device_memory}", *(serve_option or ()))
-    chosen = adapters.resolve(systems.split(","), vllm_dir or vllm_env.default_folder(), serve_options)
+    chosen = adapters.resolve(systems.split(","), folder, vllm_dir or vllm_env.default_folder(), serve_options)
     workload = WorkloadOptions(
         trace=trace.value,
         requests=requests,
@@ -235,8 +237,10 @@ def grid(
         trace=trace.value, requests=requests, rate=rate, max_input=max_input, max_output=max_output, seed=seed
     )
     cases = bench.cases(
-        models=[resolve_folder(model) for model in models.split(",")],
-        systems=adapters.resolve(systems.split(","), vllm_dir or vllm_env.default_folder(), serve_options),
+        models={
+            folder: adapters.resolve(systems.split(","), folder, vllm_dir or vllm_env.default_folder(), serve_options)
+            for folder in map(resolve_folder, models.split(","))
+        },
         changes=bench.parse_changes(changes),
         shares=tuple(at or (0.25, 0.5)),
         workload=workload,
