@@ -88,11 +88,12 @@ class Supervisor:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def log_end(self, num_chars: int = 2000) -> str:
-        texts = [
-            path.read_text(errors="replace") for path in (self._log, self.runtime_dir / "serve.log") if path.exists()
-        ]
-        return "\n".join(text[-num_chars:] for text in texts)
+    def log_end(self, num_chars: int = 1500) -> str:
+        """What it said last, after the first errors that it named: their cause is often far above."""
+        logs = (self._log, self.runtime_dir / "serve.log")
+        text = "\n".join(path.read_text(errors="replace") for path in logs if path.exists())
+        errors = dict.fromkeys(line.strip()[:300] for line in text.splitlines() if "Error: " in line)
+        return "\n".join([*list(errors)[:3], "...", text[-num_chars:]])
 
     # -- the system's processes
 

