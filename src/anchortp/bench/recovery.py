@@ -113,13 +113,16 @@ def _document(
 
 
 async def _play(case: Case, sessions: tuple[Session, ...], observe: Observer) -> dict[str, Any]:
-    """Raises AnchorTPError if the system does not start, or not again after a fault."""
+    """Raises AnchorTPError if the system does not start, or not again after a fault.
+
+    SIGINT while it starts ends the process as usual; later it ends the load.
+    """
     began_s = time.monotonic()
-    with _interrupt() as interrupted:
-        async with Supervisor(case.system, case.model, case.devices) as supervisor:
-            started_s = time.monotonic() - began_s
-            load = Load(sessions, supervisor, case.workload.think_s)
-            struck: list[Struck] = []
+    async with Supervisor(case.system, case.model, case.devices) as supervisor:
+        started_s = time.monotonic() - began_s
+        load = Load(sessions, supervisor, case.workload.think_s)
+        struck: list[Struck] = []
+        with _interrupt() as interrupted:
             playing = asyncio.create_task(load.play())
             striking = asyncio.create_task(strike_all(case.faults, load, supervisor, struck))
             stopping = asyncio.create_task(interrupted.wait())
@@ -129,14 +132,13 @@ async def _play(case: Case, sessions: tuple[Session, ...], observe: Observer) ->
                 for task in (playing, striking, stopping):
                     task.cancel()
                 await asyncio.gather(playing, striking, stopping, return_exceptions=True)
-            status = await supervisor.status()
-            return {
-                "interrupted": interrupted.is_set(),
-                "start_s": started_s,
-                "restarts_s": supervisor.restarts,
-                **measures.measure(load.sent, struck, load.began_s),
-                "engine": _engine(status, load.began_s),
-            }
+        return {
+            "interrupted": interrupted.is_set(),
+            "start_s": started_s,
+            "restarts_s": supervisor.restarts,
+            **measures.measure(load.sent, struck, load.began_s),
+            "engine": _engine(await supervisor.status(), load.began_s),
+        }
 
 
 async def _until_done(

@@ -166,7 +166,7 @@ def recovery(
     max_output: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 96,
     multi_turn: Annotated[bool, typer.Option("--multi-turn", help="Whole conversations, with their history.")] = False,
     seed: int = 0,
-    device_memory: Annotated[str, typer.Option(help="Of each device of `anchortp serve`.")] = "1G",
+    device_memory: Annotated[str, typer.Option(help="Of each device of `anchortp serve`.")] = "2G",
     output: Output = None,
     budget_s: Budget = None,
     vllm_dir: VllmDir = None,
@@ -216,7 +216,7 @@ def grid(
     max_output: Annotated[int, typer.Option(min=2)] = 96,
     trace: Trace = Trace.sharegpt,
     seed: int = 0,
-    device_memory: Annotated[str, typer.Option(help="Of each device of `anchortp serve`.")] = "1G",
+    device_memory: Annotated[str, typer.Option(help="Of each device of `anchortp serve`.")] = "2G",
     output: Annotated[Path, typer.Option(help="Folder for the runs; those that it holds are not run again.")] = Path(
         "bench-results"
     ),
