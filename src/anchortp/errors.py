@@ -9,6 +9,7 @@ AnchorTPError
 │   └── RequestError            a request that can never be served (also: too long)
 ├── CapacityError             the numbers do not fit
 │   ├── BudgetExceeded          a device's memory budget; carries the numbers
+│   │   └── DeviceFull            the device itself has less memory than its budget says
 │   ├── DoesNotFit              no layout fits the devices that are left; carries the numbers
 │   └── EngineFull              too many requests are waiting; try again later
 ├── StateError                the state plane
@@ -80,6 +81,17 @@ class BudgetExceeded(CapacityError):
             f"{device}: {in_words(requested_bytes)} more do not fit: {in_words(committed_bytes)} of "
             f"{in_words(budget_bytes)} are in use. "
             f"Give the device a larger budget, use more devices, or keep less KV cache."
+        )
+
+
+class DeviceFull(BudgetExceeded):
+    """The budget would allow it, but the hardware has no more: others use it too. All sizes in bytes."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.device}: the GPU has no room for {self.requested_bytes} bytes more, though only "
+            f"{self.committed_bytes} of the budget of {self.budget_bytes} bytes are in use. End what else uses the "
+            f"GPU, or start the anchors of its devices with smaller budgets."
         )
 
 

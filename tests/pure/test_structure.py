@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "bench": {"state", "plan", "layout"},
     "cli": {"bench", "server", "engine", "transfer", "state", "plan", "layout"},
 }
-COMMON = {"errors", "config"}
+COMMON = {"errors", "config", "devices"}
 PURE = ("layout", "plan", "recovery")
 IMPURE_MODULES = {"torch", "socket", "threading", "time", "asyncio", "multiprocessing", "subprocess", "selectors"}
 LIGHT = ("anchortp.layout", "anchortp.plan", "anchortp.recovery", "anchortp.arena", "anchortp.state.anchor")
