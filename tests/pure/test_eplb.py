@@ -18,12 +18,11 @@ from anchortp.eplb import (
     device_times,
     even_time,
     lower_bound,
-    part_of,
     placement_of,
     rebalance,
 )
 from anchortp.errors import ConfigError, DoesNotFit
-from anchortp.layout import EXPERT, Layout, initial_layout
+from anchortp.layout import EXPERT, Layout, initial_layout, part_of
 from anchortp.plan import Shape
 from bench.eplb_reference import best_time, brute_force, device_loads, even_placement, published
 

@@ -18,8 +18,8 @@ In the life of a service, all in the controller:
 3. `placement = answer.placement`: give it to the next `decide`.
 
 Tokens go by a placement when a device computes, of the n tokens of a step that chose unit u (numbered alike on all
-devices, which see the same router), those in `range(*part_of(n, part, phase))`, `part = placement.parts(device)[u]`; a
-unit that is not in `parts` is computed whole by its one holder.
+devices, which see the same router), those in `range(*layout.part_of(n, part, phase))`, with
+`part = placement.parts(device)[u]`; a unit that is not in `parts` is computed whole by its one holder.
 
 A step that is limited by `max_bytes` leaves the rest to the next decision; with unchanged loads those end. After a loss
 use the layout of the recovery (every expert has a holder again) with the same window and placement: the counts are
@@ -29,7 +29,7 @@ per expert, not per device, so nothing has to be learned anew; the lost holders'
 from anchortp.eplb.bound import even_time, lower_bound
 from anchortp.eplb.decide import Rebalance, decide, rebalance
 from anchortp.eplb.limits import Limits
-from anchortp.eplb.placement import Part, Placement, device_times, part_of, placement_of
+from anchortp.eplb.placement import Placement, device_times, placement_of
 from anchortp.eplb.stages import Copy, Drop, Stage
 from anchortp.eplb.window import LoadWindow
 
@@ -38,7 +38,6 @@ __all__ = [
     "Drop",
     "Limits",
     "LoadWindow",
-    "Part",
     "Placement",
     "Rebalance",
     "Stage",
@@ -46,7 +45,6 @@ __all__ = [
     "device_times",
     "even_time",
     "lower_bound",
-    "part_of",
     "placement_of",
     "rebalance",
 ]

@@ -9,13 +9,11 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from anchortp.layout import EXPERT, Layout, UnitCatalog
+from anchortp.layout import EXPERT, Layout, Part, UnitCatalog
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
 Ints = NDArray[np.int64]
-
-Part = tuple[float, float]  # of an expert's tokens, half-open, within [0, 1]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -71,16 +69,6 @@ class Placement:
         begin = ends[:, at - 1] if at else np.zeros(len(end))
         units = (layers * self.num_experts + experts).tolist()
         return dict(zip(units, zip(begin.tolist(), end.tolist(), strict=True), strict=True))
-
-
-def part_of(num_tokens: int, part: Part, phase: float = 0.5) -> tuple[int, int]:
-    """Which of an expert's `num_tokens` tokens of a step, `[start, stop)` in their order, one holder computes.
-
-    The holders' ranges meet and cover all tokens whatever `phase` in [0, 1) is, if it is the same for all of them. Let
-    it run through [0, 1) from step to step: then few tokens are shared out fairly too (each holder's mean is exact).
-    """
-    start, stop = (min(int(at * num_tokens + phase), num_tokens) for at in part)
-    return start, stop
 
 
 def placement_of(layout: Layout, units: UnitCatalog, previous: Placement | None = None) -> Placement:

@@ -184,6 +184,11 @@ class Coordinator:
         return not self._loading
 
     @property
+    def is_calm(self) -> bool:
+        """Serves, and nothing is changing."""
+        return self.phase == SERVING and self.is_whole and self._change is None and not self._wishes
+
+    @property
     def wants_switch(self) -> bool:
         ready = self._change is not None and self._change.step == ch.READY
         return ready and self._recovery.ended_s is not None  # else a worker has just been fenced
