@@ -139,7 +139,12 @@ def test_runs_that_are_there_are_not_run_again(folder, other, tmp_path, monkeypa
         first = recovery(folder, other, "--output", results)
         again = recovery(folder, other, "--output", results)
         none_left = recovery(folder, other, "--output", results, "--seed", 1, "--budget-s", 0)
-    assert again["runs"] == first["runs"] and none_left["runs"] == [] and none_left["num_cases"] == 1
+        slow = ["--max-output", 10_000, "--budget-s", 8]
+        cut = recovery(folder, other, "--output", results, *slow)
+    assert again["runs"] == first["runs"]
+    assert none_left["interrupted"] and none_left["runs"] == [] and none_left["num_cases"] == 1
+    assert cut["interrupted"] and len(list(results.iterdir())) == 1
+    assert all(run["interrupted"] and run["requests"]["finished"] == 0 for run in cut["runs"])
 
 
 @pytest.mark.parametrize("when", ["starting", "loaded"])

@@ -138,7 +138,7 @@ Output = Annotated[
     Path | None, typer.Option(help="Keep each run in this folder; runs that it holds already are not run again.")
 ]
 Budget = Annotated[
-    float | None, typer.Option(help="Seconds. No run is begun that would end later; go on with the same command.")
+    float | None, typer.Option(help="Seconds, after which what is running is stopped; the same command goes on.")
 ]
 
 
