@@ -47,7 +47,7 @@ def finish(document: dict[str, Any]) -> None:
 def setup_vllm(
     folder: Annotated[Path | None, typer.Argument(help="Where to. Default: in the cache folder.")] = None,
 ) -> None:
-    """Build an environment with vLLM for CPUs, as a baseline (about 2 GB)."""
+    """Build an environment with vLLM for CPUs, as a baseline (about 3.5 GB)."""
     from anchortp.bench import vllm_env
 
     vllm_env.set_up(folder or vllm_env.default_folder(), tell)
