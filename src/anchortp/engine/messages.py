@@ -43,13 +43,53 @@ class LeaveEpoch(_Message):
     epoch: int
 
 
+class LoadPiece(msgspec.Struct, frozen=True, kw_only=True):
+    """Where some bytes come from: a `plan.Move` to this device.
+
+    Whole units `[unit, unit + num_units)`, into the slots from `slot` on; or (`num_units` 1) bytes `[first_byte,
+    first_byte + num_bytes)` of one unit. A unit's bytes are its tensors in the order of `ModelUnits.tensors`, in
+    each its layers. `family` may be `plan.plan.REPLICATED`: one unit, slot 0. `source`: "" is the host's
+    checkpoint, else the device whose arena has the units in the slots from `source_slot` on (it may be this
+    device). `link` names the queue to wait in and is reported with what it reached; "" stands for the source.
+    """
+
+    family: str
+    unit: int
+    slot: int
+    num_bytes: int
+    num_units: int = 1
+    first_byte: int = 0
+    source: str = ""
+    source_slot: int = 0
+    link: str = ""
+
+
 class LoadUnits(_Message):
-    """Fill the slots that `after` has beyond `before` (family -> units). -> LoadProgress..., LoadDone"""
+    """Bring weights into the arena, in the background. -> LoadProgress..., then LoadDone or LoadRefused
+
+    Filled are the slots in which `after` (family -> units) has another unit than `before`, with `fresh` the
+    replicated tensors too, and whatever `pieces` write beside that. Bytes that no piece brings come from the host.
+    The slots must be committed. Other messages are served meanwhile; a step waits for each layer's bytes.
+
+    `sums`: what units (`transfer.checksum.sum_key`) must add up to, where that is known. `pace`: 1.0 is as fast as
+    possible; less is the share of the time in which bytes may move, in small bites, while steps are computed.
+    It cancels an older load (as LeaveEpoch does), which is then not answered. `ticket` comes back in answers.
+    """
 
     epoch: int
     before: dict[str, list[int]]
     after: dict[str, list[int]]
     fresh: bool
+    pieces: list[LoadPiece] = []
+    sums: dict[str, str] = {}
+    pace: float = 1.0
+    ticket: int = 0
+
+
+class CancelLoad(_Message):
+    """Stop the load of this ticket, if it is the one that runs. -> LoadCancelled, always"""
+
+    ticket: int
 
 
 class MoveBlocks(_Message):
@@ -118,7 +158,17 @@ class Stop(_Message):
 
 
 ToWorker = (
-    Assign | LeaveEpoch | MoveBlocks | LoadUnits | RestorePlanes | FormGroup | RunStep | SaveBlocks | HandOver | Stop
+    Assign
+    | LeaveEpoch
+    | MoveBlocks
+    | LoadUnits
+    | CancelLoad
+    | RestorePlanes
+    | FormGroup
+    | RunStep
+    | SaveBlocks
+    | HandOver
+    | Stop
 )
 
 
@@ -141,24 +191,44 @@ class EpochLeft(_Message):
 
 
 class LoadProgress(_Message):
-    """`num_bytes` of `total_bytes` of the present load have arrived."""
+    """`num_bytes` of `total_bytes` of the present load have arrived. `links`: name -> (bytes, bytes per second)."""
 
     epoch: int
+    ticket: int
     num_bytes: int
     total_bytes: int
+    links: dict[str, tuple[int, float]] = {}
 
 
 class LoadDone(_Message):
+    """Every byte is there and, where the sum was known, checked. `num_bytes`: all that moved, `peer_bytes` of it
+    from other devices' arenas. `sums`: of the units that came whole. `links`: name -> (bytes, bytes per second
+    while it was busy). `rerouted`: in words, what did not come from the source it was planned from, and why."""
+
     epoch: int
+    ticket: int
     num_bytes: int
     seconds: float
+    peer_bytes: int = 0
+    sums: dict[str, str] = {}
+    links: dict[str, tuple[int, float]] = {}
+    rerouted: list[str] = []
 
 
 class LoadRefused(_Message):
-    """The checkpoint cannot be read; `reason` says what to do."""
+    """A source cannot be read, and no other has the bytes; the slots are not to be believed. `reason` says what to
+    do. `device`: the peer that failed, "" if it was the host."""
 
     epoch: int
+    ticket: int
     reason: str
+    device: str = ""
+
+
+class LoadCancelled(_Message):
+    """The load of that ticket does not run (any more): it writes nothing into the arena from now on."""
+
+    ticket: int
 
 
 class BlocksMoved(_Message):
@@ -212,6 +282,7 @@ FromWorker = (
     | LoadProgress
     | LoadDone
     | LoadRefused
+    | LoadCancelled
     | BlocksMoved
     | PlanesRestored
     | BlocksSaved

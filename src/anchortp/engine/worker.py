@@ -116,6 +116,7 @@ class Worker:
             m.Assign: self._attach,
             m.LeaveEpoch: self._leave,
             m.LoadUnits: self._load,
+            m.CancelLoad: self._cancel_load,
             m.FormGroup: self._form,
             m.RunStep: self._run_step,
             m.MoveBlocks: self._move_blocks,
@@ -199,7 +200,7 @@ class Worker:
             for slot in range(len(before[family]), len(after[family]))
         ]
         total = sum(a.units.unit_bytes[family] for family, _, _ in items)
-        progress = _Progress(self._channel, order.epoch, total + order.fresh * a.units.replicated_bytes)
+        progress = _Progress(self._channel, order, total + order.fresh * a.units.replicated_bytes)
         try:
             if self._checkpoint is None:
                 self._checkpoint = Checkpoint.open(Path(a.order.model_folder), a.units)
@@ -216,10 +217,14 @@ class Worker:
                 check=lambda: a.probe.at("load"),
             )
         except CheckpointError as error:
-            self._channel.send(m.LoadRefused(epoch=order.epoch, reason=str(error)))
+            self._channel.send(m.LoadRefused(epoch=order.epoch, ticket=order.ticket, reason=str(error)))
             return
         seconds = time.monotonic() - began_s
-        self._channel.send(m.LoadDone(epoch=order.epoch, num_bytes=num_bytes, seconds=seconds))
+        done = m.LoadDone(epoch=order.epoch, ticket=order.ticket, num_bytes=num_bytes, seconds=seconds)
+        self._channel.send(done)
+
+    def _cancel_load(self, order: m.CancelLoad) -> None:
+        self._channel.send(m.LoadCancelled(ticket=order.ticket))
 
     # ------------------------------------------------------------------------------------- the cache's blocks
 
@@ -387,8 +392,8 @@ class _ProbedGroup:
 class _Progress:
     """Tells the controller how far a load is, at most every `PROGRESS_EVERY_S`."""
 
-    def __init__(self, channel: Channel, epoch: int, total_bytes: int):
-        self._channel, self._epoch, self._total = channel, epoch, total_bytes
+    def __init__(self, channel: Channel, order: m.LoadUnits, total_bytes: int):
+        self._channel, self._order, self._total = channel, order, total_bytes
         self._num_bytes, self._next_s = 0, 0.0
 
     def add(self, num_bytes: int) -> None:
@@ -396,7 +401,14 @@ class _Progress:
         now_s = time.monotonic()
         if now_s >= self._next_s:
             self._next_s = now_s + PROGRESS_EVERY_S
-            self._channel.send(m.LoadProgress(epoch=self._epoch, num_bytes=self._num_bytes, total_bytes=self._total))
+            self._channel.send(
+                m.LoadProgress(
+                    epoch=self._order.epoch,
+                    ticket=self._order.ticket,
+                    num_bytes=self._num_bytes,
+                    total_bytes=self._total,
+                )
+            )
 
 
 def _connect_anchor(order: m.Assign) -> AnchorClient:
