@@ -7,10 +7,13 @@ arena, and then only the rows or columns that the unit owns are touched.
 from __future__ import annotations
 
 import json
+import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -18,7 +21,8 @@ from anchortp.errors import CheckpointError
 from anchortp.layout import ModelUnits, ReplicatedTensor, Source, UnitTensor
 from anchortp.transfer.fingerprint import weight_files
 
-STORED_DTYPES = ("BF16", "F16", "F32")
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+STORED_DTYPES = tuple(TORCH_DTYPES)
 INDEX_NAME = "model.safetensors.index.json"
 
 # Columns transposed at a time. torch's blocked transpose wants a dense source and one that stays in the L2
@@ -60,36 +64,62 @@ class Checkpoint:
         return self._views[name]
 
     def read(self, tensor: UnitTensor, layer: int, first_unit: int, num_units: int, out: Tensor) -> None:
-        """Copies units `[first_unit, first_unit + num_units)` of `tensor` in `layer` into `out`.
+        """Copies units `[first_unit, first_unit + num_units)` of `tensor` in `layer` into `out`, all their rows."""
+        assert out.shape[0] == num_units * tensor.rows, out.shape
+        self.read_rows(tensor, layer, first_unit, 0, out)
 
-        `out`: `[num_units * rows, hidden]` of the model's dtype, contiguous; per unit its parts are stacked
-        (kv: rows of k, then of v; gate_up: rows of gate, then of up), columns become rows, and what lies
-        beyond the end of the checkpoint's tensor becomes zeros.
+    def read_rows(self, tensor: UnitTensor, layer: int, first_unit: int, first_row: int, out: Tensor) -> None:
+        """Copies rows of `tensor` in `layer` into `out`, from row `first_row` of unit `first_unit` on.
+
+        `out`: `[rows, hidden]` of the model's dtype, contiguous, over any number of units. In each unit its parts
+        are stacked (kv: rows of k, then of v; gate_up: rows of gate, then of up), columns become rows, and what
+        lies beyond the end of the checkpoint's tensor becomes zeros.
+
+        Raises CheckpointError when the file has become shorter, OSError when it cannot be read.
         """
-        assert out.shape == (num_units * tensor.rows, self.units.config.hidden_size), out.shape
-        blocks = out.view(num_units, tensor.rows, -1)
-        first_row = 0
-        for part in tensor.parts:
-            stored = self.tensor(part.name.format(layer=layer))
-            stop = min((first_unit + num_units) * part.extent, stored.shape[part.axis])
-            start = min(first_unit * part.extent, stop)
-            source = stored[start:stop] if part.axis == 0 else stored[:, start:stop].t()
-            _copy_units(blocks[:, first_row : first_row + part.extent], source)
-            first_row += part.extent
+        assert out.is_contiguous() and out.shape[1] == self.units.config.hidden_size, out.shape
+        for part, index, row, count in _stretches(tensor, first_unit, first_row, out.shape[0]):
+            file, name = self._file(part.name.format(layer=layer))
+            present = max(0, min(count, file.shape(name)[part.axis] - index))
+            rows = out[row : row + present]
+            if part.axis == 1:
+                file.check_size()
+                _transpose(rows, self.tensor(name)[:, index : index + present])
+            elif not file.read_rows(name, index, rows):
+                rows.copy_(self.tensor(name)[index : index + present])  # it has to be converted
+            out[row + present : row + count].zero_()
 
     def read_replicated(self, tensor: ReplicatedTensor, layer: int, out: Tensor) -> None:
         """Copies a whole replicated tensor into `out` (its shape, the model's dtype)."""
-        out.copy_(self.tensor(tensor.name.format(layer=layer)))
+        file, name = self._file(tensor.name.format(layer=layer))
+        file.check_size()
+        out.copy_(self.tensor(name))
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a weight file was written to since it was opened."""
+        for file in set(self._files.values()):
+            file.check_unchanged()
+
+    def prefetch(self, tensor: UnitTensor, layer: int, first_unit: int, first_row: int, num_rows: int) -> None:
+        """Asks the system to read those rows from disk soon. Of a tensor that is cut along its columns that means
+        all of it: each of its pages holds a few bytes of every unit."""
+        for part, index, _, count in _stretches(tensor, first_unit, first_row, num_rows):
+            file, name = self._file(part.name.format(layer=layer))
+            file.prefetch(name, *((index, index + count) if part.axis == 0 else (0, file.shape(name)[0])))
+
+    def _file(self, name: str) -> tuple[_File, str]:
+        return self._files[name], name
 
 
 class _File:
-    """One mapped safetensors file."""
+    """One safetensors file: its header, a mapping and a descriptor."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
             # On CPU `get_tensor` of this handle is a view of the mapping (no byte is read before it is used).
             self._handle = safe_open(path, framework="pt", device="cpu")
+            self._reader = path.open("rb", buffering=0)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing. Download the model again.") from None
         except (SafetensorError, OSError) as error:
@@ -98,6 +128,55 @@ class _File:
                 f"{path} ({size} bytes) is not a whole safetensors file: {error}. Download it again."
             ) from None
         self.names = frozenset(self._handle.keys())
+        self._opened = os.fstat(self._reader.fileno())
+        (header_bytes,) = struct.unpack("<Q", self._reader.read(8))
+        header = json.loads(self._reader.read(header_bytes))
+        data_at = 8 + header_bytes
+        # Per tensor: dtype, shape, where its bytes begin in the file.
+        self._where: dict[str, tuple[str, tuple[int, ...], int]] = {
+            name: (entry["dtype"], tuple(entry["shape"]), data_at + entry["data_offsets"][0])
+            for name, entry in header.items()
+            if name in self.names
+        }
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._where[name][1]
+
+    def read_rows(self, name: str, first_row: int, out: Tensor) -> bool:
+        """Reads rows of a tensor straight into `out`; False if they are stored in another dtype.
+
+        A read costs no page faults on the file's side, and tells of a file that has become short (a mapping would
+        end the process).
+        """
+        dtype, shape, start = self._where[name]
+        if TORCH_DTYPES[dtype] != out.dtype:
+            return False
+        row_bytes = shape[1] * out.element_size()
+        fill(self._reader.fileno(), start + first_row * row_bytes, memoryview(out.view(torch.uint8).numpy()).cast("B"))
+        return True
+
+    def prefetch(self, name: str, first_row: int, last_row: int) -> None:
+        dtype, shape, start = self._where[name]
+        row_bytes = shape[1] * TORCH_DTYPES[dtype].itemsize
+        os.posix_fadvise(
+            self._reader.fileno(),
+            start + first_row * row_bytes,
+            (last_row - first_row) * row_bytes,
+            os.POSIX_FADV_WILLNEED,
+        )
+
+    def check_size(self) -> None:
+        """Before bytes are read through the mapping. Raises CheckpointError if the file has been cut off."""
+        size = os.fstat(self._reader.fileno()).st_size
+        if size < self._opened.st_size:
+            raise CheckpointError(f"{self.path} now ends after {size} bytes. Download the model again.")
+
+    def check_unchanged(self) -> None:
+        now = os.fstat(self._reader.fileno())
+        if (now.st_size, now.st_mtime_ns) != (self._opened.st_size, self._opened.st_mtime_ns):
+            raise CheckpointError(
+                f"{self.path} was written to while it was being served. Restore it, or restart with the new weights."
+            )
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self.names:
@@ -169,26 +248,40 @@ def _stored_shape(units: ModelUnits, tensor: UnitTensor, part: Source) -> tuple[
     return (extent, hidden) if part.axis == 0 else (hidden, extent)
 
 
-def _copy_units(blocks: Tensor, source: Tensor) -> None:
-    """`source` `[n, hidden]` into the rows of `blocks` `[units, extent, hidden]`, zeros after its end."""
-    num_units, extent = blocks.shape[:2]
-    whole, rest = divmod(source.shape[0], extent)
-    _copy_rows(blocks[:whole], source[: whole * extent])
-    if whole < num_units:
-        blocks[whole, :rest].copy_(source[whole * extent :])
-        blocks[whole, rest:].zero_()
-        blocks[whole + 1 :].zero_()
+def _stretches(
+    tensor: UnitTensor, first_unit: int, first_row: int, num_rows: int
+) -> Iterator[tuple[Source, int, int, int]]:
+    """The longest stretches of rows that lie together in the checkpoint: part, index along its axis, row in the
+    output, number of rows. Rows count from the first of unit `first_unit`."""
+    last: tuple[Source, int, int, int] | None = None
+    row = 0
+    while row < num_rows:
+        unit, inside = divmod(first_row + row, tensor.rows)
+        for part in tensor.parts:
+            if inside < part.extent:
+                break
+            inside -= part.extent
+        count = min(part.extent - inside, num_rows - row)
+        index = (first_unit + unit) * part.extent + inside
+        if last is not None and last[0] is part and last[1] + last[3] == index:
+            last = (part, last[1], last[2], last[3] + count)
+        else:
+            if last is not None:
+                yield last
+            last = (part, index, row, count)
+        row += count
+    if last is not None:
+        yield last
 
 
-def _copy_rows(blocks: Tensor, source: Tensor) -> None:
-    """`source` `[units * extent, hidden]` into `blocks` `[units, extent, hidden]`; fast if source is transposed."""
-    if source.is_contiguous():
-        blocks.copy_(source.view(blocks.shape))
-    elif blocks.is_contiguous():
-        _transpose(blocks.view(source.shape), source.t())
-    else:
-        for block, rows in zip(blocks, source.split(blocks.shape[1]), strict=True):
-            _transpose(block, rows.t())
+def fill(fd: int, start: int, out: memoryview) -> None:
+    """Reads from `start` of a file until `out` is full. Raises CheckpointError if the file ends before."""
+    done = 0
+    while done < len(out):
+        num_bytes = os.preadv(fd, [out[done:]], start + done)
+        if num_bytes == 0:
+            raise CheckpointError(f"a weight file ends at byte {start + done}, {len(out) - done} too early")
+        done += num_bytes
 
 
 def _transpose(out: Tensor, source: Tensor) -> None:
