@@ -81,13 +81,15 @@ class Checkpoint:
         for part, index, row, count in _stretches(tensor, first_unit, first_row, out.shape[0]):
             file, name = self._file(part.name.format(layer=layer))
             present = max(0, min(count, file.shape(name)[part.axis] - index))
+            out[row + present : row + count].zero_()
             rows = out[row : row + present]
+            if not present:
+                continue
             if part.axis == 1:
                 file.check_size()
                 _transpose(rows, self.tensor(name)[:, index : index + present])
             elif not file.read_rows(name, index, rows):
                 rows.copy_(self.tensor(name)[index : index + present])  # it has to be converted
-            out[row + present : row + count].zero_()
 
     def read_replicated(self, tensor: ReplicatedTensor, layer: int, out: Tensor) -> None:
         """Copies a whole replicated tensor into `out` (its shape, the model's dtype)."""

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from anchortp.errors import AnchorTPError, GroupAborted, StateError, WireError
+from anchortp.layout import Shard
+from anchortp.plan.plan import REPLICATED
 from anchortp.transfer.checksum import SumBook, digest
 from anchortp.transfer.queue import Failure, Flight, Limits, TransferQueue
 from anchortp.transfer.sources import Destination, Source, Stopped
@@ -113,6 +115,10 @@ class Load:
     def is_whole(self) -> bool:
         """Every byte is there and right: nobody has to wait for anything."""
         return self._queue.is_done and self._book.is_complete
+
+    def writes_to(self, shard: Shard) -> bool:
+        """Whether it fills slots of this shard; else the shard can be used without waiting for anything."""
+        return any(c.region.family == REPLICATED or c.slot < len(shard[c.region.family]) for c in self._queue.chunks)
 
     def wait(self, position: int, check: Callable[[], None], epoch: int) -> None:
         """Returns once the bytes of all positions up to this one are there and were found right.

@@ -34,11 +34,12 @@ class Fault:
 
 
 class FaultySource:
-    """`inner`, struck by `fault`. `fired`: how often, for tests to assert."""
+    """`inner`, struck by `fault`. `fired`: how often, for tests to assert. `on_fire` is told before the first."""
 
-    def __init__(self, inner: Source, fault: Fault):
+    def __init__(self, inner: Source, fault: Fault, on_fire: Callable[[], None] = lambda: None):
         self._inner = inner
         self._fault = fault
+        self._on_fire = on_fire
         self._lock = threading.Lock()
         self._given_bytes = 0
         self.fired = 0
@@ -72,6 +73,8 @@ class FaultySource:
             begin, self._given_bytes = self._given_bytes, self._given_bytes + num_bytes
             if self.fired >= self._fault.times or self._fault.at_byte >= begin + num_bytes:
                 return None
+            if not self.fired:
+                self._on_fire()
             self.fired += 1
             return max(0, self._fault.at_byte - begin)
 

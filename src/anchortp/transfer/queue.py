@@ -97,7 +97,7 @@ class TransferQueue:
         self._moved_bytes: Counter[str] = Counter()  # by source
         self._flights: dict[tuple[int, int], Flight] = {}
         self._done: dict[int, str] = {}  # index -> the source it came from
-        self._rerouted: Counter[tuple[str, str]] = Counter()
+        self._rerouted: dict[str, tuple[int, str]] = {}  # source -> bytes, and the first reason
         for index, chunk in enumerate(chunks):
             self._link(chunk.link).waiting.append((index, chunk.source))
         for link in self._links.values():
@@ -152,6 +152,7 @@ class TransferQueue:
         """The bytes of a chunk that had arrived turn out to be wrong."""
         source = self._done.pop(index)
         self.done_bytes -= self.chunks[index].num_bytes
+        self._moved_bytes[source] -= self.chunks[index].num_bytes
         self._blame(index, source, reason, False)
 
     def overdue(self, now_s: float) -> list[Flight]:
@@ -178,7 +179,7 @@ class TransferQueue:
         """In words, what came from the host instead of the peer it was planned from."""
         return [
             f"{size} bytes planned from {source} came from the host: {why}"
-            for (source, why), size in self._rerouted.items()
+            for source, (size, why) in self._rerouted.items()
         ]
 
     def validate(self) -> None:
@@ -263,5 +264,6 @@ class TransferQueue:
         heappush(self._link(name).waiting, (index, source))
 
     def _from_host(self, index: int, source: str, reason: str) -> None:
-        self._rerouted[source, reason] += self.chunks[index].num_bytes
+        size, first_reason = self._rerouted.get(source, (0, reason))
+        self._rerouted[source] = (size + self.chunks[index].num_bytes, first_reason)
         self._wait(index, HOST)

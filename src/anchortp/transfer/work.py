@@ -18,6 +18,7 @@ from itertools import pairwise
 from anchortp.layout import EVERY_FAMILY, ReplicatedTensor, Shard, UnitTensor, WeightAddresses
 from anchortp.plan.plan import REPLICATED, FromHost, FromPeer, Move
 
+EMBED_POSITION = 1
 HOST = ""  # the name of the host's checkpoint among the sources; the others are devices
 SEGMENT_BYTES = 1 << 20
 # Large enough that a chunk's own cost (some 30 us of Python) does not show, small enough that a load ends within a
@@ -106,7 +107,8 @@ class Geometry:
 
     @staticmethod
     def position_of_layer(layer: int) -> int:
-        return 2 + layer
+        """Of what follows the last layer, lm_head, too: its number is the number of layers."""
+        return EMBED_POSITION + 1 + layer
 
     @cached_property
     def regions(self) -> dict[str, tuple[Region, ...]]:
@@ -229,7 +231,7 @@ class Geometry:
             return 0
         if tensor.per_layer:
             return self.position_of_layer(layer)
-        return 1 if tensor.key == "embed" else self.num_positions - 1
+        return EMBED_POSITION if tensor.key == "embed" else self.num_positions - 1
 
     def _block(self, tensor: UnitTensor | ReplicatedTensor) -> tuple[int, int]:
         """Bytes of a block, and of one of its rows."""
