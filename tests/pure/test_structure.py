@@ -23,12 +23,14 @@ MAY_IMPORT = {
     "model": {"layout"},
     "engine": {"recovery", "model", "comm", "transfer", "state", "arena", "plan", "layout"},
     "server": {"engine"},
-    "cli": {"server", "engine", "transfer", "state", "plan", "layout"},
+    "bench": {"state"},
+    "cli": {"bench", "server", "engine", "transfer", "state", "plan", "layout"},
 }
 COMMON = {"errors", "config"}
 PURE = ("layout", "plan", "recovery")
 IMPURE_MODULES = {"torch", "socket", "threading", "time", "asyncio", "multiprocessing", "subprocess", "selectors"}
 LIGHT = ("anchortp.layout", "anchortp.plan", "anchortp.recovery", "anchortp.arena", "anchortp.state.anchor")
+LIGHT += ("anchortp.bench.recovery", "anchortp.bench.supervisor", "anchortp.bench.stats")
 
 
 def imported(path: Path) -> set[str]:

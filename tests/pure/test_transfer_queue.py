@@ -21,7 +21,7 @@ MB = 1 << 20
 
 
 def chunk(position: int, source: str, num_bytes: int = MB) -> Chunk:
-    region = next(r for r in GEOMETRY.regions["mlp"] if r.layer == position % 2)
+    region = next(r for r in GEOMETRY.regions["mlp"] if r.copy == position % 2)
     return Chunk(
         region=region,
         unit=0,

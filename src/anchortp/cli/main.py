@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from anchortp.cli.bench import app as bench_app
 from anchortp.errors import AnchorTPError
 
 app = typer.Typer(
@@ -39,6 +40,11 @@ class KVMirror(StrEnum):
     off = "off"
 
 
+class ExpertCut(StrEnum):
+    experts = "experts"
+    columns = "columns"
+
+
 class Collectives(StrEnum):
     shm = "shm"
     gloo = "gloo"
@@ -46,12 +52,15 @@ class Collectives(StrEnum):
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub name; 'smollm2' for the packaged model.")],
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub name; 'smollm2' for the packaged one.")],
     tp: Annotated[int | None, typer.Option(help="Devices to use: cpu:0 to cpu:N-1.", min=1)] = None,
     devices: Annotated[str | None, typer.Option(help="Devices by name, as cpu:0,cpu:2, instead of --tp.")] = None,
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    expert_cut: Annotated[
+        ExpertCut, typer.Option(help="Of a mixture of experts each device holds whole experts, or columns of all.")
+    ] = ExpertCut.experts,
     device_memory: DeviceMemory = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="Tokens that the KV cache holds.")] = None,
@@ -100,6 +109,7 @@ def serve(
             runtime_dir=runtime_dir,
         ),
         dtype=dtype,
+        expert_cut=expert_cut.value,
         device_memory_bytes=serving.parse_bytes(device_memory),
         max_model_len=max_model_len,
         kv_tokens=kv_tokens,
@@ -169,7 +179,8 @@ def fault(
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Argument(help="Folder or hub name; by default the packaged SmolLM2.")] = "smollm2",
+    model: Annotated[str | None, typer.Argument(help="Folder or hub name; by default the packaged SmolLM2.")] = None,
+    moe: Annotated[bool, typer.Option("--moe", help="SmolLM2 made into a mixture of 8 experts, some hotter.")] = False,
     tp: Annotated[int, typer.Option(min=2)] = 4,
     lose: Annotated[str, typer.Option(help="The device that dies.")] = "cpu:2",
     streams: Annotated[int, typer.Option(min=1)] = 8,
@@ -179,10 +190,13 @@ def demo(
     """The whole story in one command: serve, speak, lose a device, go on."""
     from anchortp.cli import demo as story
     from anchortp.cli.serving import parse_bytes
+    from anchortp.errors import ConfigError
 
+    if moe and model is not None:
+        raise ConfigError(f"--moe brings a model of its own; leave out {model!r} or --moe.")
     raise typer.Exit(
         story.run(
-            model=model,
+            model=model or ("smollm2-moe" if moe else "smollm2"),
             tp=tp,
             lose=lose,
             num_streams=streams,
@@ -239,6 +253,8 @@ def plan(
     )
     planner.run(options, json_output=json_output, plot=plot, explain_unit=explain)
 
+
+app.add_typer(bench_app, name="bench")
 
 topology_app = typer.Typer(help="Devices and links: show a topology, or measure this machine.", no_args_is_help=True)
 app.add_typer(topology_app, name="topology")

@@ -38,7 +38,8 @@ from anchortp.errors import (
     RequestError,
     WireError,
 )
-from anchortp.layout import model_units
+from anchortp.layout import empty_shard, model_units
+from anchortp.plan import FromPeer, Move
 from anchortp.recovery import Coordinator, RecoveryConfig, StepDeadline
 from anchortp.recovery import events as ev
 from anchortp.recovery.coordinator import IDLE, REFUSING, SERVING
@@ -50,6 +51,7 @@ log = logging.getLogger("anchortp.engine")
 POISON_CUTS = 5  # a request whose batches killed a worker so often in a row is ended, not tried again
 STOP_TIMEOUT_S = 5.0
 BACKLOG_POLL_S = 1e-3
+BACKGROUND_PACE = 0.5  # share of the time in which bytes move while steps are computed
 PUBLISH_EVERY_S = 0.1
 MAX_EPISODES_SHOWN = 32
 
@@ -101,6 +103,9 @@ class ElasticEngine:
         self._suspects: Counter[str] = Counter()
         self._adopting: dict[str, threading.Thread] = {}
         self._load_progress: dict[str, tuple[int, int]] = {}
+        self._sums: dict[str, str] = {}  # what units must add up to, learned when they were first loaded
+        self._record: ev.Record | None = None  # not written yet
+        self._num_changes = 0
         self._story_lines = 0
         self._first_tokens: dict[int, float] = {}
         self._publish_due_s = 0.0
@@ -185,9 +190,12 @@ class ElasticEngine:
             self._open()
             while not self._stopping.is_set():
                 self._run_inbox()
+                if self.recovery.wants_switch:
+                    self._handle(ev.Switch())
                 if self.recovery.phase == SERVING and self.scheduler.has_work():
                     self.step()
                 else:
+                    self._write_record()
                     self._publish_if_due()
                     self._pump(self._idle_timeout())
         except BaseException as error:
@@ -209,6 +217,7 @@ class ElasticEngine:
             return
         self._deliver(self.scheduler.postprocess(batch, answer.sampled, self.config.model.eos_token_ids))
         self._keeper.save_sealed(self.recovery.layout, self.recovery.epoch)
+        self._write_record()
         if self.scheduler.has_work():
             self._publish_if_due()
         else:
@@ -218,6 +227,8 @@ class ElasticEngine:
         """Sends the batch to every worker and waits for rank 0. Raises _StepCut when a fault comes first."""
         epoch, began_s = self.recovery.epoch, time.monotonic()
         deadline_s = began_s + self._deadline.for_step(batch.num_tokens)
+        if self.recovery.load_deadline_s is not None:  # the first layers may compute while the last still arrive
+            deadline_s = max(deadline_s, self.recovery.load_deadline_s)
         self._answer = None
         message = m.RunStep(epoch=epoch, batch=batch)
         for device in self._ranks:
@@ -233,7 +244,8 @@ class ElasticEngine:
             if time.monotonic() >= deadline_s:
                 self._accuse(batch, time.monotonic() - began_s)
                 deadline_s = time.monotonic() + self.recovery.config.leave_timeout_s
-        self._deadline.observe(batch.num_tokens, time.monotonic() - began_s)
+        if self.recovery.is_whole:
+            self._deadline.observe(batch.num_tokens, time.monotonic() - began_s)
         self._counters["steps"] += 1
         self._counters["computed_tokens"] += batch.num_tokens
         for seq in batch.seqs:
@@ -272,8 +284,8 @@ class ElasticEngine:
             if sink is not None:
                 sink(output)
         if outputs and outputs[0].tokens:
-            index = len(self.recovery.episodes) - 1
-            if index not in self._first_tokens and self.recovery.episodes[index].ended_s is not None:
+            index = self.recovery.served
+            if index not in self._first_tokens:
                 self._first_tokens[index] = time.monotonic()
                 self._publish()
 
@@ -414,11 +426,13 @@ class ElasticEngine:
             case m.LoadProgress(num_bytes=num_bytes, total_bytes=total_bytes):
                 self._load_progress[device] = (num_bytes, total_bytes)
                 self._publish()
-            case m.LoadDone(epoch=epoch, num_bytes=num_bytes):
+            case m.LoadDone():
+                self._loaded(device, message)
+            case m.LoadRefused(ticket=ticket, reason=reason, device=source):
                 self._load_progress.pop(device, None)
-                self._handle(ev.Loaded(device=device, epoch=epoch, num_bytes=num_bytes))
-            case m.LoadRefused(epoch=epoch, reason=reason):
-                self._handle(ev.LoadFailed(device=device, epoch=epoch, reason=reason))
+                self._handle(ev.LoadFailed(device=device, ticket=ticket, reason=reason, source=source))
+            case m.UnitsArranged(epoch=epoch):
+                self._handle(ev.Arranged(device=device, epoch=epoch))
             case m.GroupFormed(epoch=epoch):
                 self._handle(ev.Formed(device=device, epoch=epoch))
             case m.BlocksMoved(epoch=epoch):
@@ -476,19 +490,25 @@ class ElasticEngine:
                 self._adopt(device)
             case ev.Attach(device=device, epoch=epoch):
                 self._processes.take(device, lambda process: self._assign(process, device, epoch))
-            case ev.Reserve(epoch=epoch, plan=plan, num_kv_blocks=num_kv_blocks, fresh=fresh):
-                refused = self._plane.reserve(plan.before, plan.after, num_kv_blocks, fresh, epoch)
+            case ev.Reserve(epoch=epoch, ticket=ticket, staged=staged, num_kv_blocks=num_kv_blocks, fresh=fresh):
+                refused = self._plane.reserve(staged, num_kv_blocks, fresh, epoch)
                 if refused is not None:
-                    self._handle(ev.Reserved(epoch=epoch, refused=refused))
-            case ev.Load(device=device, epoch=epoch, before=before, after=after, fresh=fresh):
-                order = m.LoadUnits(epoch=epoch, before=before.as_dict(), after=after.as_dict(), fresh=fresh)
-                self._send(device, order)
+                    self._handle(ev.Reserved(epoch=epoch, ticket=ticket, refused=refused))
+            case ev.Load():
+                self._load(command)
+            case ev.CancelLoad(device=device, ticket=ticket):
+                self._load_progress.pop(device, None)
+                self._send(device, m.CancelLoad(ticket=ticket))
+            case ev.Arrange():
+                self._arrange(command)
             case ev.Compact():
                 self._keeper.compact(command, self.recovery.layout)
             case ev.Restore():
                 self._keeper.restore(command)
             case ev.Form():
                 self._form(command)
+            case ev.Record():
+                self._record = command
             case ev.Drop(device=device):
                 process = self._workers.pop(device, None)
                 if process is not None:
@@ -512,6 +532,7 @@ class ElasticEngine:
                 runtime_dir=config.runtime_dir,
                 model_folder=config.model_folder,
                 dtype=config.model.dtype,
+                expert_cut=config.model.expert_cut,
                 max_model_len=config.max_model_len,
                 max_batch_tokens=config.max_batch_tokens,
                 kv_block_size=config.kv_block_size,
@@ -525,8 +546,46 @@ class ElasticEngine:
             # The epoch rose while the device waited for a process, which has missed the order to leave.
             self._send(device, m.LeaveEpoch(epoch=self.recovery.epoch))
 
+    def _load(self, command: ev.Load) -> None:
+        order = m.LoadUnits(
+            epoch=command.epoch,
+            ticket=command.ticket,
+            before=command.before.as_dict(),
+            after=command.after.as_dict(),
+            fresh=command.fresh,
+            pieces=[_piece(move) for move in command.moves],
+            sums=self._sums,
+            pace=BACKGROUND_PACE if command.background else 1.0,
+        )
+        self._send(command.device, order)
+
+    def _loaded(self, device: str, done: m.LoadDone) -> None:
+        self._load_progress.pop(device, None)
+        self._sums |= done.sums
+        self._handle(
+            ev.Loaded(
+                device=device,
+                ticket=done.ticket,
+                num_bytes=done.num_bytes,
+                peer_bytes=done.peer_bytes,
+                rerouted=tuple(done.rerouted),
+            )
+        )
+
+    def _arrange(self, command: ev.Arrange) -> None:
+        """What the manifest says is not true while units move; whoever attached then would believe it."""
+        self._plane.put_manifest(empty_shard(command.device), 0, command.epoch)
+        order = m.ArrangeUnits(
+            epoch=command.epoch,
+            before=command.before.as_dict(),
+            after=command.after.as_dict(),
+            blocks=self.pool.occupied(),
+        )
+        self._send(command.device, order)
+
     def _form(self, command: ev.Form) -> None:
-        self._plane.put_manifests(command.layout, command.num_kv_blocks, command.epoch)
+        if not self._plane.settle(command.layout, command.num_kv_blocks, command.epoch):
+            return
         if self._region is not None:
             self._region.close()
         self._remove_gloo_stores()
@@ -546,6 +605,12 @@ class ElasticEngine:
     def _slot_bytes(self) -> int:
         """Room for the largest all-reduce, one step's hidden states in float32; larger gathers go in pieces."""
         return self.config.max_batch_tokens * self.config.model.hidden_size * 4
+
+    def _write_record(self) -> None:
+        """Manifests wait until nobody waits for the recovery any more: what they say is true in the meantime."""
+        record, self._record = self._record, None
+        if record is not None and record.epoch == self.recovery.epoch:
+            self._plane.put_manifests(record.layout, record.num_kv_blocks, record.epoch)
 
     def _resume(self, command: ev.Resume) -> None:
         self._keeper.resume(command)
@@ -603,9 +668,7 @@ class ElasticEngine:
         except AnchorTPError as error:
             self._handed_over(device, False, str(error))
             return
-        shard = self.recovery.layout[device]
-        ranges = self._plane.committed_ranges(shard) if any(shard.slots) else {}  # {}: nothing was loaded yet
-        self._send(device, m.HandOver(epoch=epoch, ranges=ranges))
+        self._send(device, m.HandOver(epoch=epoch, ranges=self._plane.committed_ranges(device)))
 
     def _handed_over(self, device: str, ok: bool, reason: str) -> None:
         self._adopting.pop(device, None)
@@ -691,6 +754,20 @@ class ElasticEngine:
         return episode.as_dict() | {
             "first_token_s": None if first is None else first - episode.began_s,
         }
+
+
+def _piece(move: Move) -> m.LoadPiece:
+    peer = move.source if isinstance(move.source, FromPeer) else None
+    return m.LoadPiece(
+        family=move.family,
+        unit=move.unit,
+        slot=move.slot,
+        num_units=move.num_units,
+        first_byte=move.first_byte,
+        num_bytes=move.num_bytes,
+        source=peer.device if peer else "",
+        source_slot=peer.slot if peer else 0,
+    )
 
 
 def _recovery_config(config: EngineConfig) -> RecoveryConfig:

@@ -21,7 +21,18 @@ from typing import Literal
 import msgspec
 
 Point = Literal[
-    "prefill", "decode", "collective", "between", "load", "read", "form", "attach", "leave", "save", "restore"
+    "prefill",
+    "decode",
+    "collective",
+    "between",
+    "load",
+    "read",
+    "form",
+    "attach",
+    "leave",
+    "save",
+    "restore",
+    "arrange",
 ]
 
 
@@ -31,7 +42,7 @@ class Strike(msgspec.Struct, frozen=True, kw_only=True):
     Points: `prefill`, `decode` (a step begins that holds, or does not hold, more than one token of a
     sequence), `collective` (about to enter one, in a step), `between` (after a step), `load` (about to copy a
     chunk of weights), `form` (about to join a group), `attach`, `leave` (answering those commands), `save` (about to
-    copy blocks to the mirror), `restore` (about to fill planes).
+    copy blocks to the mirror), `restore` (about to fill planes), `arrange` (about to move units to other slots).
 
     At `read` not the worker fails but what a load reads from, `source` (a device, "" the host), as it gives its
     `at_byte`-th byte, and for `times` reads; `kind` is then one of `transfer.faulty`.

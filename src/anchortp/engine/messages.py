@@ -28,6 +28,7 @@ class Assign(_Message):
     runtime_dir: str
     model_folder: str
     dtype: str
+    expert_cut: str
     max_model_len: int
     max_batch_tokens: int
     kv_block_size: int
@@ -90,6 +91,16 @@ class CancelLoad(_Message):
     """Stop the load of this ticket, if it is the one that runs. -> LoadCancelled, always"""
 
     ticket: int
+
+
+class ArrangeUnits(_Message):
+    """Move units of the arena from their slots in `before` to those in `after` (family -> units), KV heads with
+    `blocks` of their planes. -> UnitsArranged"""
+
+    epoch: int
+    before: dict[str, list[int]]
+    after: dict[str, list[int]]
+    blocks: list[int]
 
 
 class MoveBlocks(_Message):
@@ -163,6 +174,7 @@ ToWorker = (
     | MoveBlocks
     | LoadUnits
     | CancelLoad
+    | ArrangeUnits
     | RestorePlanes
     | FormGroup
     | RunStep
@@ -231,6 +243,10 @@ class LoadCancelled(_Message):
     ticket: int
 
 
+class UnitsArranged(_Message):
+    epoch: int
+
+
 class BlocksMoved(_Message):
     epoch: int
 
@@ -257,11 +273,16 @@ class GroupFormed(_Message):
 
 
 class StepDone(_Message):
-    """From rank 0. `sampled`: by request id."""
+    """From rank 0. `sampled`: by request id.
+
+    `expert_load`, of a mixture of experts and not in every step: int32 `[layers, experts]` in this machine's byte
+    order, the tokens that each expert has had since the last report of this epoch.
+    """
 
     epoch: int
     step: int
     sampled: dict[str, SampledToken]
+    expert_load: bytes = b""
 
 
 class HandedOver(_Message):
@@ -283,6 +304,7 @@ FromWorker = (
     | LoadDone
     | LoadRefused
     | LoadCancelled
+    | UnitsArranged
     | BlocksMoved
     | PlanesRestored
     | BlocksSaved

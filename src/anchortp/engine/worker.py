@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,7 @@ from anchortp.layout import (
 from anchortp.model import Decoder, ForwardBatch, KVCache, WeightViews
 from anchortp.model.decoder import Gate
 from anchortp.plan.plan import FromHost, FromPeer, Move
+from anchortp.recovery.change import arrangement
 from anchortp.state.client import AnchorClient
 from anchortp.state.wire import Channel
 from anchortp.transfer.checkpoint import Checkpoint
@@ -62,6 +64,7 @@ IDLE_TIMEOUT_S = 1e6  # an idle worker waits; it dies with the controller (PR_SE
 # The controller notices a missing peer long before, by pidfd or by the step deadline, and raises the abort flag.
 GROUP_TIMEOUT_S = 600.0
 ANCHOR_TIMEOUT_S = 5.0  # shorter than the controller waits for a worker to leave an epoch
+EXPERT_LOAD_EVERY_S = 1.0
 
 
 def worker_main(sock: socket.socket) -> None:
@@ -121,6 +124,7 @@ class Worker:
         self._shard = empty_shard("")  # of this device in the present group
         self._mapped_mirror: tuple[str, torch.Tensor] | None = None
         self._sampler = Sampler()
+        self._next_expert_load_s = 0.0
 
     def serve(self) -> None:
         handlers: dict[type, Callable[..., None]] = {
@@ -128,6 +132,7 @@ class Worker:
             m.LeaveEpoch: self._leave,
             m.LoadUnits: self._start_load,
             m.CancelLoad: self._cancel_load,
+            m.ArrangeUnits: self._arrange,
             m.FormGroup: self._form,
             m.RunStep: self._run_step,
             m.MoveBlocks: self._move_blocks,
@@ -149,8 +154,8 @@ class Worker:
 
     def _attach(self, order: m.Assign) -> None:
         torch.set_num_threads(order.num_threads)
-        # One Hugging Face folder, two dtypes: the order says which one the arenas hold.
-        config = load_model_config(order.model_folder, order.dtype)
+        # One Hugging Face folder, several ways to serve it: the order says what the arenas hold.
+        config = load_model_config(order.model_folder, order.dtype, order.expert_cut)
         units = model_units(config)
         anchor = _connect_anchor(order)
         anchor.lease(order.epoch)
@@ -293,6 +298,27 @@ class Worker:
 
         return PeerSource(device, arena, is_gone=client.is_gone, on_close=close)
 
+    def _arrange(self, order: m.ArrangeUnits) -> None:
+        """Closes the slots of units that were given up. Nobody computes meanwhile; no copy overwrites a source."""
+        if order.epoch != self._epoch:
+            return
+        a = self._assigned()
+        a.probe.at("arrange")
+        before, after = shard_from_dict(a.device, order.before), shard_from_dict(a.device, order.after)
+        steps = arrangement(before, after)
+        weights = self._mapped(WEIGHTS_ARENA)
+        for family, source, target in steps:
+            for (start, stop), (to, _) in zip(
+                a.weights.slot_ranges(family, source, source + 1),
+                a.weights.slot_ranges(family, target, target + 1),
+                strict=True,
+            ):
+                weights[to : to + stop - start] = weights[start:stop]
+        moved = [after[KV][target] for family, _, target in steps if family == KV]
+        if moved and order.blocks:
+            self._blocks(after[KV]).copy_from(self._mapped(KV_ARENA), before[KV], order.blocks, moved)
+        self._send(m.UnitsArranged(epoch=order.epoch))
+
     # ------------------------------------------------------------------------------------- the cache's blocks
 
     def _move_blocks(self, order: m.MoveBlocks) -> None:
@@ -410,7 +436,8 @@ class Worker:
             sampling = [seq for seq in batch.seqs if seq.sample]
             tokens = self._sampler.sample(logits, sampling)
             sampled = {seq.request_id: token for seq, token in zip(sampling, tokens, strict=True)}
-            self._send(m.StepDone(epoch=order.epoch, step=batch.step, sampled=sampled))
+            load = self._expert_load(self._decoder)
+            self._send(m.StepDone(epoch=order.epoch, step=batch.step, sampled=sampled, expert_load=load))
         a.probe.at("between")
 
     def _gate(self) -> Gate | None:
@@ -421,6 +448,14 @@ class Worker:
         assert region is not None
         load.wait(EMBED_POSITION, region.check, region.epoch)
         return lambda layer: load.wait(geometry.position_of_layer(layer), region.check, region.epoch)
+
+    def _expert_load(self, decoder: Decoder) -> bytes:
+        """What StepDone carries: at most every `EXPERT_LOAD_EVERY_S`, else nothing."""
+        now_s = time.monotonic()
+        if decoder.moe is None or now_s < self._next_expert_load_s:
+            return b""
+        self._next_expert_load_s = now_s + EXPERT_LOAD_EVERY_S
+        return decoder.moe.take_load()
 
     # ------------------------------------------------------------------------------------------- helpers
 

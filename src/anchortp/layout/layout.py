@@ -95,8 +95,8 @@ def empty_shard(device: str) -> Shard:
 
 
 def shard_from_dict(device: str, slots: Mapping[str, Sequence[int]]) -> Shard:
-    """The shard whose units per family are `slots`; experts may be left out."""
-    shard = Shard(device=device, slots=tuple(tuple(slots[family]) for family in FAMILIES))
+    """The shard whose units per family are `slots`; families of which it has none may be left out."""
+    shard = Shard(device=device, slots=tuple(tuple(slots.get(family, ())) for family in FAMILIES))
     return shard.appended(EXPERT, slots.get(EXPERT, ()))
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from anchortp.layout import ATTENTION, KV, VOCAB, Layout, ModelUnits, Shard
 from anchortp.model.batch import DecodeGroup, ForwardBatch, PrefillChunk
 from anchortp.model.kv_cache import KVCache
+from anchortp.model.moe import MoE
 from anchortp.model.rope import RopeTables
 from anchortp.model.weights import LayerWeights, WeightViews
 
@@ -81,7 +82,7 @@ class _Step:
 
 
 class Decoder:
-    """Llama and Qwen3 over one shard. Holds views and small index tables, no weights of its own."""
+    """Llama, Qwen3, Mixtral and Qwen3-MoE over one shard. Holds views and small index tables, no weights of its own."""
 
     def __init__(
         self,
@@ -111,6 +112,7 @@ class Decoder:
         self._local_row = _local_rows(self.units, shard)
         self._vocab_units = tuple(torch.tensor(s[VOCAB], dtype=torch.int64) for s in layout.shards)
         self._vocab_ordered = all(a < b for a, b in pairwise(u for s in layout.shards for u in s[VOCAB]))
+        self.moe = MoE(self.units, layout, rank, weights) if self.config.moe else None
         self._gathered = torch.empty(0, dtype=self.dtype)  # context of one group, reused by all layers
 
     @torch.inference_mode()
@@ -123,12 +125,14 @@ class Decoder:
         assert (group.rank, group.size) == (self.rank, self.num_ranks), "a group of another layout"
         assert batch.block_size == self.kv_cache.block_size, "a batch for another block size"
         step = self._prepare(batch)
+        if self.moe is not None:
+            self.moe.begin(batch.positions)
         x = group.all_reduce(self._embed(batch.token_ids))
         for index, layer in enumerate(self.weights.layers):
             if gate:
                 gate(index)
             x.add_(group.all_reduce(self._attention(index, layer, x, step)))
-            x.add_(group.all_reduce(self._mlp(layer, x)))
+            x.add_(group.all_reduce(self._mlp(index, layer, x)))
         if gate:
             gate(self.config.num_layers)
         return self._logits(x.index_select(0, batch.sample_rows), group)
@@ -242,8 +246,11 @@ class Decoder:
         both = out.view(2, context.num_planes, -1, self.config.head_dim)[:, :, : context.num_keys]
         return both[0], both[1]
 
-    def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        """Partial `[rows, hidden]` of this rank's MLP blocks."""
+    def _mlp(self, index: int, layer: LayerWeights, x: Tensor) -> Tensor:
+        """Partial `[rows, hidden]` of this rank's MLP blocks or experts."""
+        if self.moe is not None:
+            return self.moe.forward(index, self._norm(x, layer.post_norm))
+        assert layer.gate_up is not None and layer.down is not None
         if not layer.down.shape[0]:
             return torch.zeros_like(x)
         both = F.linear(self._norm(x, layer.post_norm), layer.gate_up)

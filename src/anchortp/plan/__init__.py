@@ -2,6 +2,7 @@
 IO, no clock. (numpy is imported by the first plan that needs it, not with this package.)"""
 
 from anchortp.plan.bound import Bound, lower_bound
+from anchortp.plan.change import plan_change
 from anchortp.plan.compare import Row, compare
 from anchortp.plan.cost import Busy, Critical, Flow, Timeline, predict
 from anchortp.plan.explain import explain
@@ -54,6 +55,7 @@ __all__ = [
     "makespan",
     "moves_between",
     "parse_topology",
+    "plan_change",
     "predict",
     "preset",
     "shape",

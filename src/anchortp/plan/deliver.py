@@ -165,7 +165,7 @@ def _spread_copies(
     """One item per device. If no device holds the unit yet, the first on each island may forward it to those that
     come later."""
     items, first = [], {}
-    known = any(source in problem.alive for source in sources)
+    known = any(source in problem.alive for source in sources) or not problem.network.relays
     for device in devices:
         items.append(Item(family, device, (unit,), (*first.values(), *sources)))
         if not known:
@@ -291,18 +291,19 @@ def _whole_bytes(portions: Sequence[Portion], total: int) -> list[tuple[str, Rou
 
 
 def _cut(problem: Problem, items: Sequence[Item], portions: Sequence[tuple[str, Route, int]]) -> list[Piece]:
-    """Lays the items' units end to end and cuts them where one portion ends and the next begins."""
+    """Lays the items' units end to end and cuts them where one portion ends and the next begins; without `parts`,
+    at the border of two units next to that."""
     pieces: list[Piece] = []
-    queue = list(portions)
-    source, route, left = queue.pop(0) if queue else ("", (), 0)
+    queue, left, parts = list(portions), 0, problem.parts
     for item in items:
         size = problem.size(item.family)
         for unit, count in _consecutive(item.units):
             done, inside = 0, 0  # whole units of the run, and bytes of the next one, that have a portion
             while done < count:
-                if not left:
-                    source, route, left = queue.pop(0)
-                whole = left // size if not inside else 0
+                while queue and left <= (0 if parts else size // 2):
+                    source, route, more = queue.pop(0)
+                    left += more
+                whole = 0 if inside else max(left // size, 0 if parts else 1)
                 if whole:
                     take = min(whole, count - done)
                     pieces.append(Piece(item.device, item.family, unit + done, take, 0, take * size, source, route))

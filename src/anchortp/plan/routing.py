@@ -88,9 +88,17 @@ def route_all(
     for column, num_bytes in start:
         for link in column.route:
             loads[link] += num_bytes
-    seconds = max((t * s for t, s in zip(loads, network.seconds_per_byte, strict=True)), default=0.0)
+    times = [num_bytes * s for num_bytes, s in zip(loads, network.seconds_per_byte, strict=True)]
+    seconds = max(times, default=0.0)
     if seconds <= 0.0:
         return Routing(portions=(), seconds=0.0, bound_s=0.0, prices=network.seconds_per_byte)
+    # Where all bytes must pass one link, as they do on a shared bus, nothing is to be gained, and no numpy is loaded.
+    full = max((x for x, t in enumerate(times) if t > seconds * (1 - _TINY)), key=loads.__getitem__)
+    prices = tuple(s if x == full else 0.0 for x, s in enumerate(network.seconds_per_byte))
+    bound_s = sum(_least(c, network.cheapest({s: 0.0 for s, _ in c.sources}, prices)[0]) for c in commodities)
+    if seconds <= bound_s * (1 + gap) or bound_s >= give_up_s:
+        portions = tuple(column.portion(num_bytes) for column, num_bytes in start)
+        return Routing(portions=portions, seconds=seconds, bound_s=bound_s, prices=prices)
     return _Simplex(network, commodities, start, seconds, room or {}).solve(gap, give_up_s / seconds)
 
 
@@ -109,6 +117,16 @@ class _Column:
     @property
     def is_extra(self) -> bool:
         return self.limit != "wish"
+
+    def portion(self, num_bytes: float) -> Portion:
+        return Portion(
+            commodity=self.commodity,
+            source=self.source,
+            device=self.device,
+            route=self.route,
+            num_bytes=num_bytes,
+            is_extra=self.is_extra,
+        )
 
 
 def _first_columns(
@@ -150,6 +168,16 @@ def _amounts(
                 room[key] -= amount
     if left > 0:
         raise NoRoom(f"{commodity.name}: {left} bytes more than there is room for")
+
+
+def _least(commodity: Commodity, far: Mapping[str, float], dearer: Mapping[str, float] | None = None) -> float:
+    """What the commodity pays at the least, if a byte to a device costs `far`, and an extra one so much more."""
+    paid = sum(far[device] * num_bytes for device, num_bytes in commodity.wishes)
+    if commodity.extra > 0:
+        price = {device: far[device] + (dearer or {}).get(device, 0.0) for device, _ in commodity.caps}
+        extra = replace(commodity, wishes=())
+        paid += sum(price[device] * num_bytes for device, num_bytes, _ in _amounts(extra, price, {}))
+    return paid
 
 
 class _Simplex:
@@ -227,7 +255,7 @@ class _Simplex:
         prices = [max(0.0, -y) for y in duals[: self.num_links]]
         norm = sum(prices)
         toll = [p * w / norm + _TINY * w for p, w in zip(prices, self.weight, strict=True)]
-        bound, found = 0.0, []
+        bound, found = -_TINY, []  # what the tolls add
         trees = {}
         for commodity in self.commodities:
             first = {s: 0.0 for s, limit in commodity.sources if limit is None}
@@ -239,7 +267,7 @@ class _Simplex:
             if key not in trees:
                 trees[key] = self.network.cheapest(first, toll)
             far, last = trees[key]
-            bound += self._least(commodity, far, duals, norm)
+            bound += _least(commodity, far, self._dearer(commodity, duals, norm)) / self.total
             for device, limit, worth in self._worth(commodity, duals):
                 if far[device] * norm < worth - 1e-7:
                     route = self.network.path(last, device)
@@ -249,17 +277,10 @@ class _Simplex:
             bound -= max(0.0, -duals[self.row["room", *key]]) / norm * num_bytes / self.total
         return bound, [p / norm for p in prices], found
 
-    def _least(self, commodity: Commodity, far: Mapping[str, float], duals: list[float], norm: float) -> float:
-        """What the commodity pays at the least, room in its family paid for too."""
-        paid = sum((far[device] - 1e-9) * num_bytes for device, num_bytes in commodity.wishes)
-        if commodity.extra > 0:
-            price = {}
-            for device, _ in commodity.caps:
-                row = self.row.get(("room", commodity.family, device))
-                price[device] = far[device] + (0.0 if row is None else max(0.0, -duals[row]) / norm)
-            extra = replace(commodity, wishes=())
-            paid += sum((price[d] - 1e-9) * num_bytes for d, num_bytes, _ in _amounts(extra, price, {}))
-        return paid / self.total
+    def _dearer(self, commodity: Commodity, duals: list[float], norm: float) -> dict[str, float]:
+        """What room in the commodity's family costs, per device."""
+        rows = {device: self.row.get(("room", commodity.family, device)) for device, _ in commodity.caps}
+        return {device: max(0.0, -duals[row]) / norm for device, row in rows.items() if row is not None}
 
     def _worth(self, commodity: Commodity, duals: list[float]) -> Iterator[tuple[str, str, float]]:
         """(device, kind of column, what a byte there is worth by the duals)."""
@@ -343,16 +364,7 @@ class _Simplex:
         portions = []
         for value, column in zip(self.values.tolist(), self.columns, strict=True):
             if column is not None and value > 1e-9:
-                portions.append(
-                    Portion(
-                        commodity=column.commodity,
-                        source=column.source,
-                        device=column.device,
-                        route=column.route,
-                        num_bytes=value * self.total,
-                        is_extra=column.is_extra,
-                    )
-                )
+                portions.append(column.portion(value * self.total))
         portions.sort(key=lambda p: (p.commodity, p.device, p.source, p.route))
         scale = self.seconds / self.total
         return Routing(

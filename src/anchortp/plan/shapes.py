@@ -81,6 +81,10 @@ class Shape:
         }
 
     @cached_property
+    def families(self) -> tuple[str, ...]:
+        return tuple(family for family, count in self.num_units.items() if count)
+
+    @cached_property
     def unit_bytes(self) -> dict[str, int]:
         row = self.hidden_size * self.dtype_bytes
         q = 2 * self.head_dim * self.hidden_size if self.q_head_params is None else self.q_head_params

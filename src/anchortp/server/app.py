@@ -296,7 +296,12 @@ async def _answer(
         created_s=int(time.time()),
         include_usage=body.include_usage,
     )
-    told = endpoint.format_type(tokenizer=service.tokenizer, envelope=envelope, num_logprobs=body.num_logprobs)
+    told = endpoint.format_type(
+        tokenizer=service.tokenizer,
+        envelope=envelope,
+        num_logprobs=body.num_logprobs,
+        token_ids=bool(body.return_token_ids),
+    )
     return await _run(request, generation, told, num_choices=len(prompts), stream=bool(body.stream))
 
 

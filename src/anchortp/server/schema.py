@@ -142,6 +142,7 @@ class GenerateBody(_Body):
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=MAX_STOP_TOKEN_IDS)] = None
+    return_token_ids: bool | None = None
 
     # Part of OpenAI's API, served at these values only.
     n: Annotated[int | None, _only(1)] = None

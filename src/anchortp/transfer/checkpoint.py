@@ -6,10 +6,12 @@ arena, and then only the rows or columns that the unit owns are touched.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from anchortp.errors import CheckpointError
-from anchortp.layout import ModelUnits, ReplicatedTensor, Source, UnitTensor
+from anchortp.layout import ModelUnits, ReplicatedTensor, UnitTensor
+from anchortp.transfer.experts import fused_place
 from anchortp.transfer.fingerprint import weight_files
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -33,43 +36,44 @@ PANEL_COLUMNS = 128
 class Checkpoint:
     """The tensors of one model folder that its units need. Open with `Checkpoint.open`."""
 
-    def __init__(self, units: ModelUnits, files: dict[str, _File]):
+    def __init__(self, units: ModelUnits, places: dict[str, _Place]):
         self.units = units
-        self._files = files  # by tensor name
+        self._places = places  # by tensor name
         self._views: dict[str, Tensor] = {}
 
     @classmethod
     def open(cls, folder: str | Path, units: ModelUnits) -> Checkpoint:
         """Maps the weight files and checks every tensor that `units` needs: there, of the right shape, of a
-        dtype that can be converted. Tensors that are not needed (a tied lm_head) are ignored.
+        dtype that can be converted. Tensors that are not needed (a tied lm_head) are ignored. Experts may come
+        one by one or fused (`transfer.experts`).
 
         Raises CheckpointError, which names the file and the tensor, what was expected and what was found.
         """
         files = _open_files(Path(folder))
-        needed: dict[str, _File] = {}
-        for name, shape in _expected_shapes(units):
-            if name not in files:
+        places = {}
+        for name, shape in units.stored_tensors():
+            place = _find(files, units, name, shape)
+            if place is None:
                 raise CheckpointError(
                     f"{folder}: tensor {name} of shape {shape} is missing from the weight files. "
                     f"Download the model again, or check that config.json belongs to it."
                 )
-            files[name].check(name, shape)
-            needed[name] = files[name]
-        return cls(units, needed)
+            places[name] = place
+        return cls(units, places)
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor as stored: a view of the mapped file, not to be written to."""
         if name not in self._views:
-            self._views[name] = self._files[name].tensor(name)
+            self._views[name] = self._places[name].tensor()
         return self._views[name]
 
-    def read(self, tensor: UnitTensor, layer: int, first_unit: int, num_units: int, out: Tensor) -> None:
-        """Copies units `[first_unit, first_unit + num_units)` of `tensor` in `layer` into `out`, all their rows."""
+    def read(self, tensor: UnitTensor, copy: int, first_unit: int, num_units: int, out: Tensor) -> None:
+        """Copies units `[first_unit, first_unit + num_units)` of one copy of `tensor` into `out`, all their rows."""
         assert out.shape[0] == num_units * tensor.rows, out.shape
-        self.read_rows(tensor, layer, first_unit, 0, out)
+        self.read_rows(tensor, copy, first_unit, 0, out)
 
-    def read_rows(self, tensor: UnitTensor, layer: int, first_unit: int, first_row: int, out: Tensor) -> None:
-        """Copies rows of `tensor` in `layer` into `out`, from row `first_row` of unit `first_unit` on.
+    def read_rows(self, tensor: UnitTensor, copy: int, first_unit: int, first_row: int, out: Tensor) -> None:
+        """Copies rows of one copy of `tensor` into `out`, from row `first_row` of unit `first_unit` on.
 
         `out`: `[rows, hidden]` of the model's dtype, contiguous, over any number of units. In each unit its parts
         are stacked (kv: rows of k, then of v; gate_up: rows of gate, then of up), columns become rows, and what
@@ -78,39 +82,73 @@ class Checkpoint:
         Raises CheckpointError when the file has become shorter, OSError when it cannot be read.
         """
         assert out.is_contiguous() and out.shape[1] == self.units.config.hidden_size, out.shape
-        for part, index, row, count in _stretches(tensor, first_unit, first_row, out.shape[0]):
-            file, name = self._file(part.name.format(layer=layer))
-            present = max(0, min(count, file.shape(name)[part.axis] - index))
-            out[row + present : row + count].zero_()
-            rows = out[row : row + present]
+        for stretch in self._stretches(tensor, copy, first_unit, first_row, out.shape[0]):
+            place = self._places[stretch.name]
+            present = max(0, min(stretch.count, place.shape[stretch.axis] - stretch.index))
+            rows = out[stretch.row : stretch.row + present]
+            out[stretch.row + present : stretch.row + stretch.count].zero_()
             if not present:
                 continue
-            if part.axis == 1:
-                file.check_size()
-                _transpose(rows, self.tensor(name)[:, index : index + present])
-            elif not file.read_rows(name, index, rows):
-                rows.copy_(self.tensor(name)[index : index + present])  # it has to be converted
+            if stretch.axis == 1:
+                place.file.check_size()
+                _transpose(rows, self.tensor(stretch.name)[:, stretch.index : stretch.index + present])
+            elif not place.read_rows(stretch.index, rows):
+                place.file.check_size()
+                rows.copy_(self.tensor(stretch.name)[stretch.index : stretch.index + present])  # it is converted
 
     def read_replicated(self, tensor: ReplicatedTensor, layer: int, out: Tensor) -> None:
         """Copies a whole replicated tensor into `out` (its shape, the model's dtype)."""
-        file, name = self._file(tensor.name.format(layer=layer))
-        file.check_size()
+        name = tensor.name.format(layer=layer)
+        self._places[name].file.check_size()
         out.copy_(self.tensor(name))
+
+    def prefetch(self, tensor: UnitTensor, copy: int, first_unit: int, first_row: int, num_rows: int) -> None:
+        """Asks the system to read those rows from disk soon, where they are not in the page cache. Of a tensor that
+        is cut along its columns that means all of it: each of its pages holds a few bytes of every unit."""
+        for stretch in self._stretches(tensor, copy, first_unit, first_row, num_rows):
+            place = self._places[stretch.name]
+            first, last = (stretch.index, stretch.index + stretch.count) if stretch.axis == 0 else (0, place.shape[0])
+            place.prefetch(first, min(last, place.shape[0]))
 
     def check_unchanged(self) -> None:
         """Raises CheckpointError if a weight file was written to since it was opened."""
-        for file in set(self._files.values()):
+        for file in {place.file for place in self._places.values()}:
             file.check_unchanged()
 
-    def prefetch(self, tensor: UnitTensor, layer: int, first_unit: int, first_row: int, num_rows: int) -> None:
-        """Asks the system to read those rows from disk soon. Of a tensor that is cut along its columns that means
-        all of it: each of its pages holds a few bytes of every unit."""
-        for part, index, _, count in _stretches(tensor, first_unit, first_row, num_rows):
-            file, name = self._file(part.name.format(layer=layer))
-            file.prefetch(name, *((index, index + count) if part.axis == 0 else (0, file.shape(name)[0])))
+    def _stretches(
+        self, tensor: UnitTensor, copy: int, first_unit: int, first_row: int, num_rows: int
+    ) -> Iterator[_Stretch]:
+        """The longest runs of rows that lie together in the checkpoint, in order."""
+        last: _Stretch | None = None
+        row = 0
+        while row < num_rows:
+            unit, inside = divmod(first_row + row, tensor.rows)
+            for part in tensor.parts:
+                if inside < part.extent:
+                    break
+                inside -= part.extent
+            name, index = self.units.stored_at(tensor, part, copy, first_unit + unit)
+            count = min(part.extent - inside, num_rows - row)
+            if last is not None and last.name == name and last.index + last.count == index + inside:
+                last.count += count
+            else:
+                if last is not None:
+                    yield last
+                last = _Stretch(name=name, axis=part.axis, index=index + inside, row=row, count=count)
+            row += count
+        if last is not None:
+            yield last
 
-    def _file(self, name: str) -> tuple[_File, str]:
-        return self._files[name], name
+
+@dataclass(slots=True, kw_only=True)
+class _Stretch:
+    """`count` indices from `index` on of an axis of a stored tensor; they become rows from `row` on."""
+
+    name: str
+    axis: int
+    index: int
+    row: int
+    count: int
 
 
 class _File:
@@ -130,51 +168,26 @@ class _File:
                 f"{path} ({size} bytes) is not a whole safetensors file: {error}. Download it again."
             ) from None
         self.names = frozenset(self._handle.keys())
-        self._opened = os.fstat(self._reader.fileno())
+        self.fd = self._reader.fileno()
+        self._opened = os.fstat(self.fd)
         (header_bytes,) = struct.unpack("<Q", self._reader.read(8))
-        header = json.loads(self._reader.read(header_bytes))
-        data_at = 8 + header_bytes
-        # Per tensor: dtype, shape, where its bytes begin in the file.
-        self._where: dict[str, tuple[str, tuple[int, ...], int]] = {
-            name: (entry["dtype"], tuple(entry["shape"]), data_at + entry["data_offsets"][0])
-            for name, entry in header.items()
-            if name in self.names
-        }
+        self._header = json.loads(self._reader.read(header_bytes))
+        self._data_at = 8 + header_bytes
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._where[name][1]
-
-    def read_rows(self, name: str, first_row: int, out: Tensor) -> bool:
-        """Reads rows of a tensor straight into `out`; False if they are stored in another dtype.
-
-        A read costs no page faults on the file's side, and tells of a file that has become short (a mapping would
-        end the process).
-        """
-        dtype, shape, start = self._where[name]
-        if TORCH_DTYPES[dtype] != out.dtype:
-            return False
-        row_bytes = shape[1] * out.element_size()
-        fill(self._reader.fileno(), start + first_row * row_bytes, memoryview(out.view(torch.uint8).numpy()).cast("B"))
-        return True
-
-    def prefetch(self, name: str, first_row: int, last_row: int) -> None:
-        dtype, shape, start = self._where[name]
-        row_bytes = shape[1] * TORCH_DTYPES[dtype].itemsize
-        os.posix_fadvise(
-            self._reader.fileno(),
-            start + first_row * row_bytes,
-            (last_row - first_row) * row_bytes,
-            os.POSIX_FADV_WILLNEED,
-        )
+    def where(self, name: str) -> tuple[torch.dtype, int]:
+        """Of a tensor that was checked: its dtype, and where its bytes begin in the file."""
+        entry = self._header[name]
+        return TORCH_DTYPES[entry["dtype"]], self._data_at + entry["data_offsets"][0]
 
     def check_size(self) -> None:
-        """Before bytes are read through the mapping. Raises CheckpointError if the file has been cut off."""
-        size = os.fstat(self._reader.fileno()).st_size
+        """Before bytes are read through the mapping, which would end the process where the file has been cut off.
+        Raises CheckpointError."""
+        size = os.fstat(self.fd).st_size
         if size < self._opened.st_size:
             raise CheckpointError(f"{self.path} now ends after {size} bytes. Download the model again.")
 
     def check_unchanged(self) -> None:
-        now = os.fstat(self._reader.fileno())
+        now = os.fstat(self.fd)
         if (now.st_size, now.st_mtime_ns) != (self._opened.st_size, self._opened.st_mtime_ns):
             raise CheckpointError(
                 f"{self.path} was written to while it was being served. Restore it, or restart with the new weights."
@@ -201,6 +214,57 @@ class _File:
 
     def tensor(self, name: str) -> Tensor:
         return self._handle.get_tensor(name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where a tensor of `shape` is: under `name` in `file`; of a fused one, rows from `start` on of `expert`."""
+
+    file: _File
+    name: str
+    shape: tuple[int, ...]
+    expert: int | None = None
+    expert_rows: int = 0
+    start: int = 0
+
+    def tensor(self) -> Tensor:
+        stored = self.file.tensor(self.name)
+        return stored if self.expert is None else stored[self.expert, self.start : self.start + self.shape[0]]
+
+    def read_rows(self, first_row: int, out: Tensor) -> bool:
+        """Reads rows straight into `out`; False if they are stored in another dtype.
+
+        This costs no page faults on the file's side, and tells of a file that has become short.
+        """
+        dtype, start = self._row_at(first_row)
+        if dtype != out.dtype:
+            return False
+        fill(self.file.fd, start, memoryview(out.view(torch.uint8).numpy()).cast("B"))
+        return True
+
+    def prefetch(self, first_row: int, last_row: int) -> None:
+        start, stop = self._row_at(first_row)[1], self._row_at(last_row)[1]
+        if start < stop and not (_is_cached(self.file.fd, start) and _is_cached(self.file.fd, stop - 1)):
+            os.posix_fadvise(self.file.fd, start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def _row_at(self, row: int) -> tuple[torch.dtype, int]:
+        dtype, start = self.file.where(self.name)
+        before = row + self.start + (self.expert or 0) * self.expert_rows
+        return dtype, start + before * self.shape[1] * dtype.itemsize
+
+
+def _find(files: dict[str, _File], units: ModelUnits, name: str, shape: tuple[int, ...]) -> _Place | None:
+    """Where the tensor called `name` is stored, checked; None if it is not. Raises CheckpointError."""
+    if name in files:
+        files[name].check(name, shape)
+        return _Place(file=files[name], name=name, shape=shape)
+    fused = fused_place(name, shape, units.config)
+    if fused is None or fused.name not in files:
+        return None
+    file = files[fused.name]
+    file.check(fused.name, fused.shape)
+    rows = fused.shape[1] if fused.expert is not None else 0
+    return _Place(file=file, name=fused.name, shape=shape, expert=fused.expert, expert_rows=rows, start=fused.start)
 
 
 def _open_files(folder: Path) -> dict[str, _File]:
@@ -231,51 +295,6 @@ def _open_indexed(folder: Path) -> dict[str, _File]:
     return {name: opened[file] for name, file in names.items()}
 
 
-def _expected_shapes(units: ModelUnits) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every checkpoint tensor that the units need, with its shape in elements."""
-    for tensor in units.tensors:
-        for part in tensor.parts:
-            shape = _stored_shape(units, tensor, part)
-            for layer in range(units.num_copies(tensor)):
-                yield part.name.format(layer=layer), shape
-    for replicated in units.replicated:
-        for layer in range(units.num_copies(replicated)):
-            yield replicated.name.format(layer=layer), replicated.shape
-
-
-def _stored_shape(units: ModelUnits, tensor: UnitTensor, part: Source) -> tuple[int, int]:
-    hidden = units.config.hidden_size
-    # Only the vocabulary may end within a unit; the rest of its last unit is padding.
-    extent = units.config.vocab_size if not tensor.per_layer else units.num_units[tensor.family] * part.extent
-    return (extent, hidden) if part.axis == 0 else (hidden, extent)
-
-
-def _stretches(
-    tensor: UnitTensor, first_unit: int, first_row: int, num_rows: int
-) -> Iterator[tuple[Source, int, int, int]]:
-    """The longest stretches of rows that lie together in the checkpoint: part, index along its axis, row in the
-    output, number of rows. Rows count from the first of unit `first_unit`."""
-    last: tuple[Source, int, int, int] | None = None
-    row = 0
-    while row < num_rows:
-        unit, inside = divmod(first_row + row, tensor.rows)
-        for part in tensor.parts:
-            if inside < part.extent:
-                break
-            inside -= part.extent
-        count = min(part.extent - inside, num_rows - row)
-        index = (first_unit + unit) * part.extent + inside
-        if last is not None and last[0] is part and last[1] + last[3] == index:
-            last = (part, last[1], last[2], last[3] + count)
-        else:
-            if last is not None:
-                yield last
-            last = (part, index, row, count)
-        row += count
-    if last is not None:
-        yield last
-
-
 def fill(fd: int, start: int, out: memoryview) -> None:
     """Reads from `start` of a file until `out` is full. Raises CheckpointError if the file ends before."""
     done = 0
@@ -284,6 +303,16 @@ def fill(fd: int, start: int, out: memoryview) -> None:
         if num_bytes == 0:
             raise CheckpointError(f"a weight file ends at byte {start + done}, {len(out) - done} too early")
         done += num_bytes
+
+
+def _is_cached(fd: int, at: int) -> bool:
+    """Whether a byte of a file can be had without waiting for the disk."""
+    try:
+        return os.preadv(fd, [bytearray(1)], at, os.RWF_NOWAIT) == 1
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+            return False
+        raise
 
 
 def _transpose(out: Tensor, source: Tensor) -> None:

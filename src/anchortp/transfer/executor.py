@@ -100,7 +100,6 @@ class Load:
         self._sources: dict[str, Source] = {}
         self._opening = threading.Lock()
         self._cancelled = False
-        self._ended = False
         self._movers: list[threading.Thread] = []
         self._began_s = 0.0
         self._watcher = threading.Thread(target=self._watch, name="load", daemon=True)
@@ -130,7 +129,7 @@ class Load:
             with self._changed:
                 if self._book.first_missing > position:
                     return
-                if self._ended or self._cancelled:
+                if self._is_stopped:
                     raise GroupAborted(epoch, "the weights did not arrive")
                 self._changed.wait(_WATCH_S)
             check()
@@ -154,29 +153,33 @@ class Load:
     # -------------------------------------------------------------------------------------------- the watcher
 
     def _watch(self) -> None:
+        self._hooks.on_progress(self._progress())
         for _ in range(self._num_movers):
             self._add_mover()
         prefetcher = threading.Thread(target=self._prefetch, name="load-prefetch", daemon=True)
         prefetcher.start()
-        next_s = 0.0
+        next_s = self._began_s + PROGRESS_EVERY_S
         while not self._is_over():
             now_s = time.monotonic()
             if now_s >= next_s:
                 next_s = now_s + PROGRESS_EVERY_S
-                self._hooks.on_progress(self._progress(now_s))
+                self._hooks.on_progress(self._progress())
             with self._changed:
                 self._hurry(now_s)
                 self._over.wait(_WATCH_S)
         self._end()
-        prefetcher.join()
+        prefetcher.join(STUCK_S)  # it writes nothing; a disk that hangs must not keep the end from being told
 
     def _is_over(self) -> bool:
         """Whether nothing moves any more, and nothing will."""
         with self._changed:
-            stopped = self._cancelled or self._queue.failure is not None
-            if stopped:
+            if self._is_stopped:
                 self._stop_all()
-            return (self.is_whole or stopped) and not (self._stops and self._is_worth_waiting())
+            return (self.is_whole or self._is_stopped) and not (self._stops and self._is_worth_waiting())
+
+    @property
+    def _is_stopped(self) -> bool:
+        return self._cancelled or self._queue.failure is not None
 
     def _is_worth_waiting(self) -> bool:
         now_s = time.monotonic()
@@ -218,7 +221,6 @@ class Load:
 
     def _end(self) -> None:
         with self._changed:
-            self._ended = True
             cancelled = self._cancelled
             now_s = time.monotonic()
             result = self._queue.failure or self._loaded(now_s)
@@ -238,12 +240,12 @@ class Load:
             rerouted=tuple(self._queue.rerouted),
         )
 
-    def _progress(self, now_s: float) -> Progress:
+    def _progress(self) -> Progress:
         with self._changed:
             return Progress(
                 num_bytes=self._queue.done_bytes,
                 total_bytes=self._queue.total_bytes,
-                links=self._queue.links(now_s),
+                links=self._queue.links(time.monotonic()),
             )
 
     # --------------------------------------------------------------------------------------------- the movers
@@ -258,7 +260,7 @@ class Load:
     def _take(self) -> Flight | None:
         """Waits for something to do; None when there will be nothing more."""
         with self._changed:
-            while not (self._cancelled or self._ended or self._queue.failure or self.is_whole):
+            while not (self._is_stopped or self.is_whole):
                 flight = self._queue.next(time.monotonic())
                 if flight is not None:
                     self._stops[flight.key] = _Stop()
@@ -340,9 +342,9 @@ class Load:
                 asked += chunk.num_bytes
                 continue
             with self._changed:
-                while not self._ended and not self._cancelled and asked > self._queue.done_bytes + PREFETCH_BYTES:
+                while not self._is_stopped and asked > self._queue.done_bytes + PREFETCH_BYTES:
                     self._changed.wait()
-                if self._ended or self._cancelled:
+                if self._is_stopped or self.is_whole:
                     return
             try:
                 self._source(HOST).prefetch(chunk)

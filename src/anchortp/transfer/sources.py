@@ -59,17 +59,17 @@ class HostSource:
     def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> None:
         tensor = chunk.region.tensor
         if isinstance(tensor, ReplicatedTensor):
-            self._checkpoint.read_replicated(tensor, chunk.region.layer, out.view(self._dtype).view(tensor.shape))
+            self._checkpoint.read_replicated(tensor, chunk.region.copy, out.view(self._dtype).view(tensor.shape))
             return
         first_row, skipped = divmod(chunk.first_byte, self._row_bytes)
         num_rows = -(-(skipped + chunk.num_bytes) // self._row_bytes)
         if num_rows * self._row_bytes == chunk.num_bytes:
             rows = out.view(self._dtype).view(num_rows, -1)
-            self._checkpoint.read_rows(tensor, chunk.region.layer, chunk.unit, first_row, rows)
+            self._checkpoint.read_rows(tensor, chunk.region.copy, chunk.unit, first_row, rows)
             return
         # A part of a unit that begins or ends within a row: rare, and at most a row more at each end.
         rows = torch.empty(num_rows, self._row_bytes // self._dtype.itemsize, dtype=self._dtype)
-        self._checkpoint.read_rows(tensor, chunk.region.layer, chunk.unit, first_row, rows)
+        self._checkpoint.read_rows(tensor, chunk.region.copy, chunk.unit, first_row, rows)
         out.copy_(rows.view(torch.uint8).flatten()[skipped : skipped + chunk.num_bytes])
 
     def check_unchanged(self) -> None:
@@ -80,7 +80,7 @@ class HostSource:
         if not isinstance(tensor, ReplicatedTensor):
             first_row, skipped = divmod(chunk.first_byte, self._row_bytes)
             num_rows = -(-(skipped + chunk.num_bytes) // self._row_bytes)
-            self._checkpoint.prefetch(tensor, chunk.region.layer, chunk.unit, first_row, num_rows)
+            self._checkpoint.prefetch(tensor, chunk.region.copy, chunk.unit, first_row, num_rows)
 
     def close(self) -> None:
         pass

@@ -1,10 +1,10 @@
 """From the moves of a plan to the chunks that one device copies, in the order in which it computes with them. Pure.
 
-A *region* is where one tensor of one layer lies. A unit has a block in each region of its family, and the bytes of a
-unit are its blocks one after the other: its tensors in the order of `ModelUnits.tensors`, in each its layers. A
-*segment* is up to `SEGMENT_BYTES` of a block, whole rows; what arrives is checked a segment at a time. A *chunk* is
-copied in one go: whole segments (of several units, if they are small), or a part of one segment where a unit comes
-in parts.
+A *region* is where one copy of a tensor lies (mostly: that of one layer). A unit has a block in each region of its
+family, and the bytes of a unit are its blocks one after the other: its tensors in the order of `ModelUnits.tensors`,
+in each its copies. A *segment* is up to `SEGMENT_BYTES` of a block, whole rows; what arrives is checked a segment at
+a time. A *chunk* is copied in one go: whole segments (of several units, if they are small), or a part of one segment
+where a unit comes in parts.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 
-from anchortp.layout import EVERY_FAMILY, ReplicatedTensor, Shard, UnitTensor, WeightAddresses
+from anchortp.layout import EVERY_FAMILY, EXPERT, VOCAB, ReplicatedTensor, Shard, UnitTensor, WeightAddresses
 from anchortp.plan.plan import REPLICATED, FromHost, FromPeer, Move
 
 EMBED_POSITION = 1
@@ -28,16 +28,17 @@ CHUNK_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
-    """`position`: when a forward pass comes to it, see `Geometry`. `first_segment`: its place in a unit's sum."""
+    """`copy`: of the tensor, mostly the layer. `position`: when a forward pass comes to it, see `Geometry`.
+    `first_byte`, `first_segment`: where a block begins among the bytes of its unit, and in the unit's sum."""
 
     tensor: UnitTensor | ReplicatedTensor
-    layer: int
+    copy: int
     family: str
     position: int
     block_bytes: int
     segment_bytes: int
-    first_byte: int
-    first_segment: int
+    first_byte: int = 0
+    first_segment: int = 0
 
     @property
     def num_segments(self) -> int:
@@ -76,7 +77,7 @@ class Chunk:
 
     def __str__(self) -> str:
         units = f"{self.unit}" if self.num_units == 1 else f"{self.unit} to {self.unit + self.num_units - 1}"
-        return f"{self.region.tensor.key} of layer {self.region.layer}, {self.region.family} {units}"
+        return f"{self.region.tensor.key} (copy {self.region.copy}) of {self.region.family} {units}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,46 +113,30 @@ class Geometry:
 
     @cached_property
     def regions(self) -> dict[str, tuple[Region, ...]]:
-        """Per family, in the order of a unit's bytes."""
+        """Per family, in the order of a unit's bytes. (Of experts see `regions_of`.)"""
         found: dict[str, list[Region]] = defaultdict(list)
         for tensor in (*self.units.replicated, *self.units.tensors):
             family = REPLICATED if isinstance(tensor, ReplicatedTensor) else tensor.family
             num_bytes, row_bytes = self._block(tensor)
-            for layer in range(self.units.num_copies(tensor)):
-                last = found[family][-1] if found[family] else None
-                found[family].append(
-                    Region(
-                        tensor=tensor,
-                        layer=layer,
-                        family=family,
-                        position=self._position(tensor, layer),
-                        block_bytes=num_bytes,
-                        segment_bytes=max(1, SEGMENT_BYTES // row_bytes) * row_bytes,
-                        first_byte=last.first_byte + last.block_bytes if last else 0,
-                        first_segment=last.first_segment + last.num_segments if last else 0,
-                    )
+            for copy in range(self.units.num_copies(tensor)):
+                region = Region(
+                    tensor=tensor,
+                    copy=copy,
+                    family=family,
+                    position=self._position(tensor, copy),
+                    block_bytes=num_bytes,
+                    segment_bytes=max(1, SEGMENT_BYTES // row_bytes) * row_bytes,
                 )
+                found[family].append(_following(region, found[family]))
         return {family: tuple(regions) for family, regions in found.items()}
 
     def regions_of(self, family: str, unit: int) -> tuple[Region, ...]:
-        """Where a unit has blocks, its bytes and segments counted from 0."""
-        regions = self.regions[family]
-        num_groups = 1 if family == REPLICATED else self.units.num_groups(family)
-        if num_groups == 1:
-            return regions
-        layer = unit // (self.units.num_units[family] // num_groups)  # an expert is of one layer
-        return self._renumbered[family, layer]
-
-    @cached_property
-    def _renumbered(self) -> dict[tuple[str, int], tuple[Region, ...]]:
-        found: dict[tuple[str, int], list[Region]] = defaultdict(list)
-        for family, regions in self.regions.items():
-            for region in regions:
-                mine = found[family, region.layer]
-                first_byte = mine[-1].first_byte + mine[-1].block_bytes if mine else 0
-                first_segment = mine[-1].first_segment + mine[-1].num_segments if mine else 0
-                mine.append(replace(region, first_byte=first_byte, first_segment=first_segment))
-        return {key: tuple(regions) for key, regions in found.items()}
+        """Where a unit has blocks. All experts share the regions, but each is of one layer."""
+        if family != EXPERT:
+            return self.regions[family]
+        layer = unit // (self.units.num_units[EXPERT] // self.units.config.num_layers)
+        position = self.position_of_layer(layer)
+        return tuple(replace(region, position=position) for region in self.regions[EXPERT])
 
     def num_segments(self, family: str, unit: int) -> int:
         """How many segments all blocks of a unit have together."""
@@ -164,8 +149,8 @@ class Geometry:
     def start(self, region: Region, slot: int) -> int:
         """Where the block of a slot begins in the arena."""
         if isinstance(region.tensor, ReplicatedTensor):
-            return self.addresses.offset(region.tensor.key, region.layer)
-        return self.addresses.block(region.tensor, region.layer, slot)[0]
+            return self.addresses.offset(region.tensor.key, region.copy)
+        return self.addresses.block(region.tensor, region.copy, slot)[0]
 
     def segments(self, chunk: Chunk) -> Iterator[Segment]:
         """All segments that a chunk touches, of which the first and the last may reach beyond it."""
@@ -193,8 +178,7 @@ class Geometry:
     def _cut(self, move: Move) -> Iterator[Chunk]:
         whole = move.num_bytes == move.num_units * self.unit_bytes(move.family)
         assert whole or move.num_units == 1, f"{move}: only a single unit comes in parts"
-        # The units of a run lie beside one another in every region, unless each has a region of its own.
-        alone = move.family != REPLICATED and self.units.num_groups(move.family) > 1
+        alone = move.family == EXPERT  # a run of experts may be of several layers
         for first in range(move.num_units if alone else 1):
             num_units = 1 if alone else move.num_units
             for region in self.regions_of(move.family, move.unit + first):
@@ -226,12 +210,12 @@ class Geometry:
             source_start=self.start(region, source_slot) + first_byte if peer else 0,
         )
 
-    def _position(self, tensor: UnitTensor | ReplicatedTensor, layer: int) -> int:
+    def _position(self, tensor: UnitTensor | ReplicatedTensor, copy: int) -> int:
         if isinstance(tensor, ReplicatedTensor):
             return 0
-        if tensor.per_layer:
-            return self.position_of_layer(layer)
-        return EMBED_POSITION if tensor.key == "embed" else self.num_positions - 1
+        if tensor.family == VOCAB:
+            return EMBED_POSITION if tensor.key == "embed" else self.num_positions - 1
+        return self.position_of_layer(copy * self.units.config.num_layers // self.units.num_copies(tensor))
 
     def _block(self, tensor: UnitTensor | ReplicatedTensor) -> tuple[int, int]:
         """Bytes of a block, and of one of its rows."""
@@ -240,6 +224,15 @@ class Geometry:
             return size, size
         size = self.units.block_bytes(tensor)
         return size, size // tensor.rows
+
+
+def _following(region: Region, before: Sequence[Region]) -> Region:
+    """The region as the next of its family."""
+    if not before:
+        return region
+    last = before[-1]
+    first_segment = last.first_segment + last.num_segments
+    return replace(region, first_byte=last.first_byte + last.block_bytes, first_segment=first_segment)
 
 
 def _cuts(region: Region, low: int, high: int) -> list[int]:
