@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -282,6 +283,8 @@ class EngineConfig:
     num_spares: int = 1
     threads_per_worker: int = 1
     collectives: Literal["shm", "gloo"] = "shm"
+    plan_policy: Literal["makespan", "units", "cmm", "greedy"] = "makespan"
+    pipelined_load: bool = True  # a layer computes when its weights are there
     speeds: tuple[tuple[str, float], ...] = ()
     min_step_deadline_s: float = 2.0
     kv_mirror_slots: int = 0  # blocks, with all KV heads, that the host's mirror holds; 0: no mirror
@@ -317,10 +320,7 @@ def resolve_engine_config(
     Raises ConfigError.
     """
     model = load_model_config(model_folder, dtype, expert_cut)
-    for device in devices:
-        kind, _, index = device.partition(":")
-        if kind != "cpu" or not index.isdecimal():
-            raise ConfigError(f"device {device!r}: only CPU devices (cpu:0, cpu:1, ...) are supported.")
+    check_device_names(devices)
     max_model_len = max_model_len or min(model.max_position, 8192)
     if not 2 <= max_model_len <= model.max_position:
         raise ConfigError(f"max_model_len is {max_model_len}; this model takes from 2 to {model.max_position} tokens.")
@@ -347,6 +347,14 @@ def resolve_engine_config(
         threads_per_worker=max(1, cores // max(1, len(devices))),
         **more,
     )
+
+
+def check_device_names(devices: Iterable[str]) -> None:
+    """Raises ConfigError."""
+    for device in devices:
+        kind, _, index = device.partition(":")
+        if kind != "cpu" or not index.isdecimal():
+            raise ConfigError(f"device {device!r}: only CPU devices (cpu:0, cpu:1, ...) are supported.")
 
 
 def _mirror_slots(model: ModelConfig, kv_mirror: str, num_bytes: int | None, block_size: int, kv_blocks: int) -> int:

@@ -1,7 +1,9 @@
 """Another system, as small as can be: `python -m tests.procs.fake_server PORT [SECONDS_TO_START]` speaks just enough of
 the completions API to be measured. It says a token every few milliseconds.
 
-A child process, `fake-worker`, stands for the device: when it dies the server notices, and ends with status 0."""
+A child process, `fake-worker`, stands for the device: when it dies the server notices, and ends with status 0. It maps
+shared memory under a name, and leaves it to be removed. The file that FAKE_SERVER_ASKED names is there once it was
+asked."""
 
 from __future__ import annotations
 
@@ -12,6 +14,9 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import resource_tracker
+from multiprocessing.shared_memory import SharedMemory
+from pathlib import Path
 
 TOKEN_S = 0.005
 
@@ -24,6 +29,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if asked := os.environ.get("FAKE_SERVER_ASKED"):
+            Path(asked).touch()
         self.send_response(200)
         self.end_headers()
         for index in range(body["max_tokens"]):
@@ -43,6 +50,8 @@ class Handler(BaseHTTPRequestHandler):
 
 def main() -> None:
     time.sleep(float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)
+    memory = SharedMemory(create=True, size=1 << 16)
+    resource_tracker.unregister(memory._name, "shared_memory")  # as if its keeper had been killed too
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "fake-worker"])
     threading.Thread(target=lambda: (worker.wait(), os._exit(0)), daemon=True).start()
     ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()

@@ -17,6 +17,20 @@ from tests.cpu.fake_engine import byte_level_bpe, save_tokenizer
 from tests.procs.engine_tools import DEADLINE_S, nothing_left, processes_naming
 from tests.tiny_model import write_model
 
+BURST = {"output_tokens_per_s": 9.0, "prompt_tokens_per_s": 8.0, "first_token_s": 0.1}
+RUN = BURST | {"gap_s": {"median": 0.01, "p99": 0.02}}
+SERVING = {
+    "benchmark": "serving",
+    "model": "tiny",
+    "tp": 2,
+    "systems": {
+        "other": {
+            "options": {"requests": 4, "input": 8, "output": 6, "concurrency": 2},
+            **dict.fromkeys(("batched", "alone", "prefill"), BURST | {"runs": [RUN]}),
+        }
+    },
+}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -40,7 +54,7 @@ def other(tmp_path):
 def bench(*arguments: object) -> dict:
     """Runs `anchortp bench`; the document in its last line."""
     command = [sys.executable, "-m", "anchortp", "bench", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2 * DEADLINE_S)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -104,6 +118,20 @@ def test_a_lost_device_under_load_of_this_engine_and_of_another(folder, other, t
     assert len(restarted["restarts_s"]) == 1 and restarted["tokens"]["lost"] is None and restarted["engine"] == {}
 
 
+def test_a_fault_script_with_a_crash_and_a_loss(folder, tmp_path, monkeypatch):
+    script = tmp_path / "script.json"
+    crash, loss = {"at": 0.25, "kind": "crash", "devices": ["cpu:0"]}, {"at": 0.7, "kind": "lost", "devices": ["cpu:2"]}
+    script.write_text(json.dumps([loss, crash]))
+    with in_private_tmp(monkeypatch):
+        document = recovery(folder, "anchortp", "--fault-script", script, "--arrivals", "bursty")
+    (run,) = document["runs"]
+    assert [(fault["kind"], fault["devices"]) for fault in run["faults"]] == [("crash", ["cpu:0"]), ("lost", ["cpu:2"])]
+    assert run["requests"] == {"sent": 40, "finished": 40, "failed": 0, "retried": 0}
+    assert run["tokens"]["delivered"] == 40 * 24 and run["tokens"]["lost"] == run["tokens"]["repeated"] == 0
+    episodes = run["engine"]["episodes"]
+    assert [bool(e["devices_lost"]) for e in episodes] in ([False, True], [True]), "a later fault may extend the first"
+
+
 def test_runs_that_are_there_are_not_run_again(folder, other, tmp_path, monkeypatch):
     results = tmp_path / "results"
     with in_private_tmp(monkeypatch):
@@ -113,21 +141,60 @@ def test_runs_that_are_there_are_not_run_again(folder, other, tmp_path, monkeypa
     assert again["runs"] == first["runs"] and none_left["runs"] == [] and none_left["num_cases"] == 1
 
 
-def test_ctrl_c_keeps_what_was_measured(folder, other, tmp_path, monkeypatch):
+@pytest.mark.parametrize("when", ["starting", "loaded"])
+def test_ctrl_c_keeps_what_was_measured(folder, other, tmp_path, monkeypatch, when):
+    asked, log = tmp_path / "asked", tmp_path / "progress.log"
+    monkeypatch.setenv("FAKE_SERVER_ASKED", str(asked))
+    if when == "starting":
+        system = json.loads(other.read_text())
+        other.write_text(json.dumps(system | {"command": [*system["command"], "600"]}))
     with in_private_tmp(monkeypatch):
         command = [sys.executable, "-m", "anchortp", "bench", "recovery", "--model", str(folder), "--tp", "2"]
         command += ["--systems", f"{other},{other}", "--trace", "synthetic", "--rate", "5", "--max-output", "20"]
         command += ["--output", str(tmp_path / "results")]
-        log = tmp_path / "progress.log"
         with log.open("wb") as stderr:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr)
-            wait_until(lambda: processes_naming("fake-worker"))
+            wait_until(asked.exists if when == "loaded" else lambda: processes_naming("tests.procs.fake_server"))
             process.send_signal(signal.SIGINT)
             stdout, _ = process.communicate(timeout=DEADLINE_S)
     assert process.returncode == 0, log.read_text()
     document = json.loads(stdout.splitlines()[-1])
-    (run,) = document["runs"]
-    assert document["interrupted"] and run["requests"]["sent"] < 1000 and not (tmp_path / "results").exists()
+    assert document["interrupted"] and not (tmp_path / "results").exists()
+    assert len(document["runs"]) == (when == "loaded")
+    assert all(0 < run["requests"]["sent"] < 1000 for run in document["runs"])
+
+
+def test_a_victim_of_another_system_and_the_report_of_all(folder, other, tmp_path, monkeypatch):
+    """The system itself notices that its worker is gone, and ends; then the supervisor starts it again."""
+    raw = json.loads(other.read_text())
+    victim = tmp_path / "victim.json"
+    victim.write_text(json.dumps(raw | {"name": "noticing", "faults": "victim", "victim": "fake-worker"}))
+    results = tmp_path / "results"
+    with in_private_tmp(monkeypatch):
+        document = recovery(folder, f"{victim},{other}", "--output", results, "--arrivals", "poisson", "--at", "0.5")
+    (tmp_path / "serving.json").write_text(json.dumps(SERVING))
+    planned = tmp_path / "planner.json"
+    bench("planner", "--models", "Qwen3-8B", "--repeats", 1, "--output", planned)
+    for run in document["runs"]:
+        assert run["requests"]["finished"] == 40 and len(run["restarts_s"]) == 1
+    made = bench("report", results, tmp_path / "serving.json", planned, "--output", tmp_path, "--name", "tiny")
+    markdown, page = (Path(made[kind]).read_text() for kind in ("markdown", "html"))
+    assert "| noticing | lost cpu:1 at" in markdown and "makespan" in markdown and "TFS" in markdown
+    pictures = sorted(path.name for path in (tmp_path / "tiny").iterdir())
+    assert pictures == ["throughput-0-noticing.png", "throughput-0-other.png", "throughput-0.png"]
+    assert all(f"tiny/{name}" in markdown for name in pictures) and page.count("data:image/png") == 3
+    assert str(tmp_path) not in markdown, "no path of this machine"
+
+
+def test_a_system_that_does_not_start_is_told_and_the_others_run(folder, other, tmp_path, monkeypatch):
+    broken = tmp_path / "broken.json"
+    broken.write_text(json.dumps({"name": "broken", "command": [sys.executable, "-c", "print('out of luck')"]}))
+    with in_private_tmp(monkeypatch):
+        document = recovery(folder, f"{broken},{other}", "--output", tmp_path / "results")
+    first, second = document["runs"]
+    assert "status 0 before it answered" in first["error"] and "out of luck" in first["error"]
+    assert second["requests"]["finished"] == 40
+    assert len(list((tmp_path / "results").iterdir())) == 1, "it may start the next time"
 
 
 def wait_until(condition):

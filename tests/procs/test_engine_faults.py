@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from anchortp.engine.faults import Strike, fired_strikes
@@ -92,8 +94,11 @@ class Script:
 
     def check_second_fault_of_a_recovery(self):
         struck_s = fired_strikes(self.driver.runtime_dir)[-1]["at_s"]
-        episode = self.driver.wait_recovered(len(self.driver.episodes))[-1]
-        assert 0 < struck_s - episode["began_s"] < episode["seconds"]
+        episodes = self.driver.wait_recovered(len(self.driver.episodes))
+        # A group serves before its last weights have come: a fault between the two is an episode of its own.
+        assert any(
+            0 < struck_s - episode["began_s"] < (episode["whole_after_s"] or math.inf) for episode in episodes[-2:]
+        )
 
     def everywhere(self, *devices):
         at_attach, at_leave, at_form, at_load = devices

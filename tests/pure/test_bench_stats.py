@@ -111,7 +111,14 @@ def test_a_short_spike_is_no_peak():
     """One second at five times the rate, of a backlog: a mean over the window is what counts."""
     curve = sorted([*steady(0, 60, 100), *steady(30, 31, 400)])
     found = stats.peak(curve, 0, 60)
-    assert found.tokens_per_s == pytest.approx((5 * 100 + 400) / 5, rel=0.02)
+    assert found.at_s == 0 and found.tokens_per_s == pytest.approx(100, rel=0.02)
+
+
+def test_noise_does_not_put_the_peak_off():
+    """Every second at a rate of its own, around 100: the first windows are as good as any."""
+    rng = random.Random(5)
+    curve = [delivery for s in range(200) for delivery in steady(s, s + 1, rng.uniform(60, 140))]
+    assert stats.peak(curve, 0, 200).at_s < stats.PEAK_WINDOW_S
 
 
 def test_what_comes_after_the_end_does_not_count():
@@ -183,7 +190,7 @@ def test_a_retry_begins_with_tokens_that_the_client_has():
     again = answered(10, [11, 11.1, 11.2, 11.3, 11.4])
     sent = request(first, again, tokens=5)
     assert sent.news_s() == [1, 2, 3, 11.3, 11.4]
-    found = measures.measure([sent], [struck(3.5)], 0.0, 0.0)
+    found = measures.measure([sent], [struck(3.5)], 0.0)
     assert found["gap_s"]["max"] == pytest.approx(8.3)
     assert found["requests"] == {"sent": 1, "finished": 1, "failed": 0, "retried": 1}
     assert (found["tokens"]["delivered"], found["tokens"]["thrown_away"]) == (5, 3)
@@ -196,10 +203,10 @@ def test_lost_and_repeated_tokens():
     short = request(answered(0, [1, 2, 3]), tokens=5)
     double = request(answered(0, [1, 2, 3, 4], said=3), tokens=3)
     given_up = request(answered(0, [1], error="gone"), tokens=3)
-    found = measures.measure([short, double, given_up], [], 0.0, 0.0)
+    found = measures.measure([short, double, given_up], [], 0.0)
     assert (found["tokens"]["lost"], found["tokens"]["repeated"]) == (2, 1)
     assert found["requests"]["failed"] == 1
-    blind = measures.measure([request(answered(0, [1], exact=False), tokens=3)], [], 0.0, 0.0)
+    blind = measures.measure([request(answered(0, [1], exact=False), tokens=3)], [], 0.0)
     assert blind["tokens"]["lost"] is None, "pieces of text are no tokens"
 
 
@@ -210,12 +217,20 @@ def test_several_faults_have_a_time_each():
         *(t for t, _ in steady(33, 60, 10)),
     ]
     sent = request(answered(0, times), tokens=len(times))
-    found = measures.measure([sent], [struck(10.0), struck(30.0)], 0.0, 50.0)
+    found = measures.measure([sent], [struck(10.0), struck(30.0)], 0.0)
     assert [fault["tfs_s"] for fault in found["faults"]] == pytest.approx([1, 3], abs=0.2)
     assert found["throughput"]["before"] == pytest.approx(10, rel=0.05)
     assert found["faults"][0]["ttp_s"] == 0
 
 
+def test_the_load_ends_when_a_batch_is_no_longer_full():
+    """40 requests sent at once, done one a second: from the 25th on fewer than 16 are open."""
+    sent = [request(answered(0, [1.0 + i]), tokens=1) for i in range(40)]
+    assert measures.load_ends_s(sent) == 25
+    late = [*sent, request(answered(30, [30.5]), tokens=1)]
+    assert measures.load_ends_s(late) == 30
+
+
 def test_nothing_was_sent():
-    found = measures.measure([], [], 0.0, 0.0)
+    found = measures.measure([], [], 0.0)
     assert found["requests"]["sent"] == 0 and found["took_s"] == 0 and found["curve"]["tokens"] == []

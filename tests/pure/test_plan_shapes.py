@@ -75,6 +75,11 @@ def test_experts_of_a_layer_are_units(raw, experts, width):
     assert max(totals) - min(totals) <= 1, "and so are all layers together"
 
 
+def test_transformers_5_writes_another_name_for_the_number_of_experts():
+    raw = {key: value for key, value in QWEN3_MOE.items() if key != "num_experts"} | {"num_local_experts": 16}
+    assert shape_from_config(raw) == shape_from_config(QWEN3_MOE)
+
+
 @pytest.mark.parametrize(
     ("raw", "error", "message"),
     [

@@ -23,10 +23,10 @@ MAY_IMPORT = {
     "model": {"layout"},
     "engine": {"recovery", "model", "comm", "transfer", "state", "arena", "plan", "layout"},
     "server": {"engine"},
-    "bench": {"state"},
+    "bench": {"state", "plan", "layout"},
     "cli": {"bench", "server", "engine", "transfer", "state", "plan", "layout"},
 }
-COMMON = {"errors", "config"}
+COMMON = {"errors", "config", "devices"}
 PURE = ("layout", "plan", "recovery")
 IMPURE_MODULES = {"torch", "socket", "threading", "time", "asyncio", "multiprocessing", "subprocess", "selectors"}
 LIGHT = ("anchortp.layout", "anchortp.plan", "anchortp.recovery", "anchortp.arena", "anchortp.state.anchor")

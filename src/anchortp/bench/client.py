@@ -139,8 +139,11 @@ async def _exchange(target: Target, method: str, path: str, body: bytes) -> Asyn
 
 async def _read_head(reader: asyncio.StreamReader) -> tuple[int, dict[str, str]]:
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")
+    version, _, status = head[0].partition(" ")
+    if not version.startswith("HTTP/1."):
+        raise ServerError(f"no HTTP: {head[0][:100]!r}")
     pairs = (line.partition(":") for line in head[1:] if line)
-    return int(head[0].split()[1]), {name.strip().lower(): value.strip().lower() for name, _, value in pairs}
+    return int(status[:3]), {name.strip().lower(): value.strip().lower() for name, _, value in pairs}
 
 
 async def _chunked(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:

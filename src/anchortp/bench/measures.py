@@ -8,12 +8,13 @@ from typing import Any
 from anchortp.bench import stats
 from anchortp.bench.faults import Struck
 from anchortp.bench.load import Sent
+from anchortp.bench.systems import MAX_NUM_SEQS
 
 CURVE_BIN_S = 0.25
 
 
-def measure(sent: Sequence[Sent], struck: Sequence[Struck], began_s: float, last_due_s: float) -> dict[str, Any]:
-    """Times in the result are seconds after `began_s`. `last_due_s`: when the last request was to be sent."""
+def measure(sent: Sequence[Sent], struck: Sequence[Struck], began_s: float) -> dict[str, Any]:
+    """Times in the result are seconds after `began_s`."""
     deliveries = sorted(
         (at_s - began_s, count)
         for request in sent
@@ -29,7 +30,7 @@ def measure(sent: Sequence[Sent], struck: Sequence[Struck], began_s: float, last
             [times[0] - (request.due_s - began_s) for request, times in zip(sent, news, strict=True) if times]
         ),
         "faults": _faults(sent, news, struck, deliveries, began_s),
-        "throughput": _throughput(deliveries, struck, began_s, last_due_s - began_s),
+        "throughput": _throughput(deliveries, struck, began_s, load_ends_s(sent) - began_s),
         "curve": {"bin_s": CURVE_BIN_S, "tokens": stats.histogram(deliveries, 0.0, CURVE_BIN_S)},
         "took_s": deliveries[-1][0] if deliveries else 0.0,
     }
@@ -73,7 +74,7 @@ def _faults(
     began_s: float,
 ) -> list[dict[str, Any]]:
     found = []
-    last_s = deliveries[-1][0] if deliveries else 0.0
+    last_s = load_ends_s(sent) - began_s
     for index, event in enumerate(struck):
         fault_s = event.fault_s - began_s
         end_s = struck[index + 1].fault_s - began_s if index + 1 < len(struck) else last_s
@@ -95,6 +96,15 @@ def _faults(
     return found
 
 
+def load_ends_s(sent: Sequence[Sent]) -> float:
+    """When the last request has been sent and, for good, fewer than `MAX_NUM_SEQS` are open."""
+    if not sent:
+        return 0.0
+    last_due_s = max(request.due_s for request in sent)
+    ends = sorted(request.attempts[-1].ended_s or last_due_s for request in sent if request.attempts)
+    return max([last_due_s, *ends[-MAX_NUM_SEQS:][:1]])
+
+
 def _streams_hit(
     sent: Sequence[Sent], news: Sequence[Sequence[float]], fault_s: float, began_s: float
 ) -> dict[str, float | int | None]:
@@ -109,17 +119,17 @@ def _streams_hit(
 
 
 def _throughput(
-    deliveries: stats.Deliveries, struck: Sequence[Struck], began_s: float, last_due_s: float
+    deliveries: stats.Deliveries, struck: Sequence[Struck], began_s: float, end_s: float
 ) -> dict[str, float | None]:
-    """Tokens per second: before the first fault, from it to the first success, and from there until the last request
-    was to be sent (later the load runs out). Without a fault all of it is `before`."""
+    """Tokens per second: before the first fault, from it to the first success, and from there until the load runs out.
+    Without a fault all of it is `before`."""
     curve = stats.Cumulative(deliveries)
     if not struck:
-        return {"before": curve.rate(0.0, last_due_s), "during": None, "after": None}
+        return {"before": curve.rate(0.0, end_s), "during": None, "after": None}
     fault_s = struck[0].fault_s - began_s
     success_s = stats.outage(deliveries, fault_s).ended_s
     return {
         "before": curve.rate(0.0, fault_s),
         "during": curve.rate(fault_s, fault_s if success_s is None else success_s),
-        "after": None if success_s is None else curve.rate(success_s, last_due_s),
+        "after": None if success_s is None else curve.rate(success_s, end_s),
     }

@@ -52,7 +52,7 @@ class Case:
             "model": self.model.name,
             "change": self.change,
             "devices": list(self.devices),
-            "faults": msgspec.to_builtins(self.faults),
+            "faults_planned": msgspec.to_builtins(self.faults),
             "workload": self.workload.as_dict(),
             "system": msgspec.to_builtins(self.system) | {"command": _without_paths(self.system.command)},
         }
@@ -113,13 +113,16 @@ def _document(
 
 
 async def _play(case: Case, sessions: tuple[Session, ...], observe: Observer) -> dict[str, Any]:
-    """Raises AnchorTPError if the system does not start, or not again after a fault."""
+    """Raises AnchorTPError if the system does not start, or not again after a fault.
+
+    SIGINT while it starts ends the process as usual; later it ends the load.
+    """
     began_s = time.monotonic()
-    with _interrupt() as interrupted:
-        async with Supervisor(case.system, case.model, case.devices) as supervisor:
-            started_s = time.monotonic() - began_s
-            load = Load(sessions, supervisor, case.workload.think_s)
-            struck: list[Struck] = []
+    async with Supervisor(case.system, case.model, case.devices) as supervisor:
+        started_s = time.monotonic() - began_s
+        load = Load(sessions, supervisor, case.workload.think_s)
+        struck: list[Struck] = []
+        with _interrupt() as interrupted:
             playing = asyncio.create_task(load.play())
             striking = asyncio.create_task(strike_all(case.faults, load, supervisor, struck))
             stopping = asyncio.create_task(interrupted.wait())
@@ -129,15 +132,13 @@ async def _play(case: Case, sessions: tuple[Session, ...], observe: Observer) ->
                 for task in (playing, striking, stopping):
                     task.cancel()
                 await asyncio.gather(playing, striking, stopping, return_exceptions=True)
-            status = await supervisor.status()
-            last_due_s = max((sent.due_s for sent in load.sent), default=load.began_s)
-            return {
-                "interrupted": interrupted.is_set(),
-                "start_s": started_s,
-                "restarts_s": supervisor.restarts,
-                **measures.measure(load.sent, struck, load.began_s, last_due_s),
-                "engine": _engine(status, load.began_s),
-            }
+        return {
+            "interrupted": interrupted.is_set(),
+            "start_s": started_s,
+            "restarts_s": supervisor.restarts,
+            **measures.measure(load.sent, struck, load.began_s),
+            "engine": _engine(await supervisor.status(), load.began_s),
+        }
 
 
 async def _until_done(

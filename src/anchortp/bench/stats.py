@@ -9,8 +9,10 @@ after it; the grace is the longest silence in the `HEALTHY_S` before the fault: 
 **TFS**, time to first success: from the fault to the end of the outage. None if no token came after it.
 
 **TTP**, time to peak: from the first success to the first moment from which on the throughput, as a mean over the
-`PEAK_WINDOW_S` that follow, is at least `PEAK_SHARE` of the highest such mean before the next fault or the end. The
-mean looks ahead, so that a system which is at its peak at once has a TTP of 0. None if less than one window is left.
+`PEAK_WINDOW_S` that follow, is at least `PEAK_SHARE` of the stable peak. The stable peak is the level that such means
+reach for a quarter of the time (their 75th percentile) until the next fault, or until the load runs out: the last
+request has been sent and fewer are open than systems run at a time. A maximum would be that of the noise. The mean
+looks ahead, so that a system which is at its peak at once has a TTP of 0. None if less than one window is left.
 
 **Gap**: between two tokens of one stream, retries included: the client waits for the next token, whoever makes it.
 Tokens that arrive together count as one arrival.
@@ -27,6 +29,7 @@ from dataclasses import dataclass
 HEALTHY_S = 20.0
 PEAK_WINDOW_S = 5.0
 PEAK_SHARE = 0.9
+PEAK_LEVEL = 0.75
 PEAK_STEP_S = 0.1
 
 Deliveries = Sequence[tuple[float, int]]
@@ -42,7 +45,7 @@ class Outage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peak:
-    """`tokens_per_s` over the best window after the first success, reached (as defined above) at `at_s`."""
+    """`tokens_per_s`, reached (as defined above) at `at_s`."""
 
     at_s: float
     tokens_per_s: float
@@ -71,17 +74,17 @@ def longest_silence(times: Sequence[float], since_s: float = -math.inf) -> float
 
 
 def peak(deliveries: Deliveries, first_success_s: float, end_s: float) -> Peak | None:
-    """The stable peak between the first success and `end_s` (the next fault, or the last token)."""
+    """The stable peak between the first success and `end_s` (the next fault, or the end of the load)."""
     curve = Cumulative(deliveries)
     starts = []
     while (start_s := first_success_s + len(starts) * PEAK_STEP_S) + PEAK_WINDOW_S <= end_s:
         starts.append(start_s)
     rates = [curve.between(start_s, start_s + PEAK_WINDOW_S) / PEAK_WINDOW_S for start_s in starts]
-    if not rates:
+    level = percentile(rates, PEAK_LEVEL)
+    if level is None:
         return None
-    best = max(rates)
-    reached = next(start_s for start_s, rate in zip(starts, rates, strict=True) if rate >= PEAK_SHARE * best)
-    return Peak(at_s=reached, tokens_per_s=best)
+    reached = next(start_s for start_s, rate in zip(starts, rates, strict=True) if rate >= PEAK_SHARE * level)
+    return Peak(at_s=reached, tokens_per_s=level)
 
 
 class Cumulative:

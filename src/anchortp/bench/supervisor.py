@@ -24,6 +24,7 @@ PROBE_S = 0.05
 PROBE_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 60.0
 KILL_TIMEOUT_S = 30.0
+KILLED_S = 0.002  # between looks at processes that were killed
 MARK = "ANCHORTP_BENCH_MARK"  # in the environment of all that a system starts, wherever it ends up
 
 
@@ -46,6 +47,7 @@ class Supervisor:
         self._process: asyncio.subprocess.Process | None = None
         self._watching: asyncio.Task[None] | None = None
         self._sessions: set[int] = set()  # of every start
+        self._shared_memory: set[Path] = set()
         self._stopping = False
 
     async def __aenter__(self) -> Supervisor:
@@ -70,6 +72,7 @@ class Supervisor:
             self.devices = tuple(device for device in self.devices if device not in devices)
         pattern = self.system.victim if self.system.faults == "victim" else ""
         found = self._marked(pattern)
+        self._note_shared_memory()
         fault_s = time.monotonic()
         if not _kill(found):
             raise EngineStopped(f"system {self.system.name}: no process matches {pattern!r}; correct its `victim`.")
@@ -88,11 +91,12 @@ class Supervisor:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def log_end(self, num_chars: int = 2000) -> str:
-        texts = [
-            path.read_text(errors="replace") for path in (self._log, self.runtime_dir / "serve.log") if path.exists()
-        ]
-        return "\n".join(text[-num_chars:] for text in texts)
+    def log_end(self, num_chars: int = 1500) -> str:
+        """What it said last, after the first errors that it named: their cause is often far above."""
+        logs = (self._log, self.runtime_dir / "serve.log")
+        text = "\n".join(path.read_text(errors="replace") for path in logs if path.exists())
+        errors = dict.fromkeys(line.strip()[:300] for line in text.splitlines() if "Error: " in line)
+        return "\n".join([*list(errors)[:3], "...", text[-num_chars:]])
 
     # -- the system's processes
 
@@ -151,7 +155,7 @@ class Supervisor:
                 return
             self.up.clear()
             ended_s = time.monotonic()
-            _kill(self._marked())
+            await self._end_all()
             await self._start()
             self.restarts.append(time.monotonic() - ended_s)
 
@@ -161,19 +165,32 @@ class Supervisor:
             self._watching.cancel()
             with contextlib.suppress(asyncio.CancelledError, EngineStopped):
                 await self._watching
+        self._note_shared_memory()
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(signal.SIGTERM)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), STOP_TIMEOUT_S)
+        await self._end_all()
+        if self._process is not None:
+            await self._process.wait()
+        shutil.rmtree(self.runtime_dir, ignore_errors=True)
+
+    async def _end_all(self) -> None:
+        """SIGKILL for whatever of the system lives; then its named shared memory goes, whose keeper is gone too."""
+        self._note_shared_memory()
         deadline_s = time.monotonic() + KILL_TIMEOUT_S
         while _kill(self._marked()):
             if time.monotonic() > deadline_s:
                 raise EngineStopped(f"processes of system {self.system.name} do not end: {self._marked()}")
-            await asyncio.sleep(PROBE_S)
-        if self._process is not None:
-            await self._process.wait()
-        shutil.rmtree(self.runtime_dir, ignore_errors=True)
+            await asyncio.sleep(KILLED_S)
+        for path in self._shared_memory:
+            path.unlink(missing_ok=True)
+        self._shared_memory.clear()
+        self._sessions.clear()
+
+    def _note_shared_memory(self) -> None:
+        self._shared_memory |= {path for pid in self._marked() for path in _shared_memory(pid)}
 
     def _marked(self, pattern: str = "") -> list[int]:
         """The living processes that the system has started and whose command line matches: those with the mark, and
@@ -200,6 +217,16 @@ def _kill(pids: list[int]) -> int:
             os.kill(pid, signal.SIGKILL)
             killed += 1
     return killed
+
+
+def _shared_memory(pid: int) -> set[Path]:
+    """Files under /dev/shm in its memory."""
+    try:
+        lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return set()
+    names = (line.split(maxsplit=5)[-1] for line in lines if " /dev/shm/" in line)
+    return {Path(name) for name in names if not name.endswith(" (deleted)")}
 
 
 def free_port() -> int:

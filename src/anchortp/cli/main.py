@@ -1,4 +1,4 @@
-"""`anchortp`: serve, anchor, status, fault, demo, bench."""
+"""`anchortp`: serve, anchor, status, device, fault, demo, plan, topology, bench."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from anchortp.cli.bench import app as bench_app
+from anchortp.cli.device import app as device_app
 from anchortp.errors import AnchorTPError
 
 app = typer.Typer(
@@ -43,6 +44,13 @@ class KVMirror(StrEnum):
 class ExpertCut(StrEnum):
     experts = "experts"
     columns = "columns"
+
+
+class PlanPolicy(StrEnum):
+    makespan = "makespan"
+    units = "units"
+    cmm = "cmm"
+    greedy = "greedy"
 
 
 class Collectives(StrEnum):
@@ -79,6 +87,12 @@ def serve(
     ] = None,
     spares: Annotated[int, typer.Option(help="Warm processes that wait to replace a worker.", min=0)] = 1,
     collectives: Collectives = Collectives.shm,
+    plan_policy: Annotated[
+        PlanPolicy, typer.Option(help="Who plans recoveries; cmm is the paper's. See `anchortp plan`.")
+    ] = PlanPolicy.makespan,
+    pipelined_load: Annotated[
+        bool, typer.Option(help="Compute the first layers while the last are still loaded.")
+    ] = True,
     served_model_name: Annotated[str | None, typer.Option(help="Name in the API. Default: the folder's.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="ANCHORTP_API_KEY", help="Ask clients for this key.")] = None,
     keep_anchors: Annotated[
@@ -120,6 +134,8 @@ def serve(
         max_waiting=max_waiting,
         num_spares=spares,
         collectives=collectives.value,
+        plan_policy=plan_policy.value,
+        pipelined_load=pipelined_load,
         speeds=serving.parse_speeds(speed or []),
     )
 
@@ -255,6 +271,7 @@ def plan(
 
 
 app.add_typer(bench_app, name="bench")
+app.add_typer(device_app, name="device")
 
 topology_app = typer.Typer(help="Devices and links: show a topology, or measure this machine.", no_args_is_help=True)
 app.add_typer(topology_app, name="topology")

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from anchortp.cli.smollm2 import cache_folder, fetch_smollm2
-from anchortp.config import ModelConfig, load_model_config
+from anchortp.cli.smollm2 import fetch_smollm2
+from anchortp.config import ModelConfig, cache_folder, load_model_config
 from anchortp.errors import ConfigError
 
 Variant = Literal["exact", "skewed"]
@@ -31,7 +31,7 @@ def fetch_moe(variant: Variant, tell: Callable[[str], None] = lambda text: None)
 
     Raises ConfigError as `fetch_smollm2` does.
     """
-    folder = cache_folder() / NAMES[variant]
+    folder = cache_folder() / "models" / NAMES[variant]
     if (folder / "config.json").exists():
         return folder
     source = fetch_smollm2(tell)

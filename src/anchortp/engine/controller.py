@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from anchortp.comm import ShmRegion
-from anchortp.config import EngineConfig
+from anchortp.config import EngineConfig, check_device_names
 from anchortp.engine import messages as m
-from anchortp.engine.api import EngineRequest, Sink, TokenOutput
+from anchortp.engine.api import DeviceChange, EngineRequest, Sink, TokenOutput
 from anchortp.engine.blocks import BlockPool
 from anchortp.engine.faults import Strike
 from anchortp.engine.keeper import KVKeeper
@@ -106,6 +106,7 @@ class ElasticEngine:
         self._sums: dict[str, str] = {}  # what units must add up to, learned when they were first loaded
         self._record: ev.Record | None = None  # not written yet
         self._num_changes = 0
+        self._starting: dict[str, threading.Thread] = {}  # anchors, for changes
         self._story_lines = 0
         self._first_tokens: dict[int, float] = {}
         self._publish_due_s = 0.0
@@ -155,6 +156,19 @@ class ElasticEngine:
             self._sinks.pop(request_id, None)
 
         self._post(drop)
+
+    def change_devices(self, change: DeviceChange) -> int:
+        check_device_names(change.add)
+        named = [*change.add, *change.remove]
+        if len(set(named)) != len(named) or not (named or change.speeds is not None):
+            raise ConfigError("a change names at least one device to add or to remove, each once, or speeds.")
+        with self._lock:
+            self._check_serving()
+            self._num_changes += 1
+            change_id = self._num_changes
+            self._inbox.append(lambda: self._begin_change(change, change_id))
+        self._wake()
+        return change_id
 
     def status(self) -> dict[str, Any]:
         return self._status
@@ -355,7 +369,7 @@ class ElasticEngine:
             self._stopping.set()
         if self._region is not None:
             self._region.abort("the engine stops")
-        for thread in list(self._adopting.values()):
+        for thread in [*self._adopting.values(), *self._starting.values()]:
             thread.join()  # an anchor that is being started: bounded, and it has to be stopped too
         self._run_inbox()
         for request_id in list(self._sinks):
@@ -641,6 +655,53 @@ class ElasticEngine:
         self._deliver(self.scheduler.take_failures())
         self._ready.set()
 
+    def _begin_change(self, change: DeviceChange, change_id: int) -> None:
+        """Starting anchors takes longer than a step, so that happens on a thread; serving goes on."""
+        new = [device for device in change.add if device not in self.recovery.members]
+
+        def start() -> None:
+            problem = ""
+            try:
+                for device in new:
+                    self._plane.ensure_anchor(device, change.memory_bytes)
+            except AnchorTPError as error:
+                problem = str(error)
+            self._post(lambda: self._change(change, change_id, problem))
+
+        name = f"change {change_id}"
+        self._starting[name] = threading.Thread(target=start, name=f"anchortp-{name}", daemon=True)
+        self._starting[name].start()
+
+    def _change(self, change: DeviceChange, change_id: int, problem: str) -> None:
+        self._starting.pop(f"change {change_id}", None)
+        found: tuple[ev.DeviceFound, ...] = ()
+        if self._stopping.is_set():
+            for device in change.add:
+                self._plane.stop_started(device)
+            return
+        try:
+            found = tuple(self._open_device(device) for device in change.add if not problem)
+        except AnchorTPError as error:
+            problem = str(error)
+        wishes = [f"add {device}" for device in change.add] + [f"remove {device}" for device in change.remove]
+        if change.speeds is not None:
+            wishes.append("speeds " + (", ".join(f"{d}={s:g}" for d, s in change.speeds) or "all 1"))
+        self._handle(
+            ev.Change(
+                why=", ".join(wishes),
+                change_id=change_id,
+                add=found,
+                remove=change.remove,
+                speeds=change.speeds,
+                problem=problem,
+            )
+        )
+
+    def _open_device(self, device: str) -> ev.DeviceFound:
+        if device in self.recovery.members:  # the coordinator says so
+            return ev.DeviceFound(device=device, budget_bytes=0)
+        return self._plane.open(device)
+
     def _adopt(self, device: str) -> None:
         """Starting an anchor takes longer than a step, so that happens on a thread; serving goes on."""
         if device in self._adopting:
@@ -712,6 +773,7 @@ class ElasticEngine:
             before_first = len(recovery.episodes) == 1 and recovery.episodes[0].ended_s is None
             state = names.get(recovery.phase, "starting" if before_first else "recovering")
         episodes = [self._episode(i) for i in range(len(recovery.episodes))[-MAX_EPISODES_SHOWN:]]
+        faults = [episode for episode in episodes if episode["cause"] != "start" and not episode["change_id"]]
         self._status = {
             "state": state,
             "epoch": recovery.epoch,
@@ -721,7 +783,7 @@ class ElasticEngine:
             "num_waiting": self.scheduler.num_waiting,
             "num_preempted": self.scheduler.num_preempted,
             "num_spares": self._processes.num_spares_ready if hasattr(self, "_processes") else 0,
-            "num_faults": sum(episode["cause"] != "start" for episode in episodes),
+            "num_faults": len(faults),
             "kv": {
                 "blocks": recovery.num_kv_blocks,
                 "blocks_held": self.pool.num_held,
@@ -736,7 +798,8 @@ class ElasticEngine:
             "counters": dict(self._counters),
             "devices": self._devices(),
             "episodes": episodes,
-            "faults": [episode for episode in episodes if episode["cause"] != "start"],
+            "faults": faults,
+            "changes": [episode for episode in episodes if episode["change_id"]],
         }
 
     def _devices(self) -> dict[str, dict[str, Any]]:
@@ -777,6 +840,8 @@ def _recovery_config(config: EngineConfig) -> RecoveryConfig:
         min_kv_blocks=config.min_kv_blocks,
         speeds=dict(config.speeds) or None,
         kv_mirror=config.kv_mirror_slots > 0,
+        policy=config.plan_policy,
+        pipelined=config.pipelined_load,
     )
 
 

@@ -83,7 +83,10 @@ def route_all(
     """The best split over all sources and routes, to within `gap`; or, as soon as it is clear that none takes less
     than `give_up_s`, whatever was found so far. Raises TopologyError for a wish that no unlimited source of its
     commodity can reach, NoRoom if the first try to place all extra bytes within `room` fails."""
-    start = _first_columns(network, commodities, dict(room or {}))
+    try:
+        start = _first_columns(network, commodities, dict(room or {}), nearest=True)
+    except NoRoom:
+        start = _first_columns(network, commodities, dict(room or {}), nearest=False)
     loads = [0.0] * len(network.links)
     for column, num_bytes in start:
         for link in column.route:
@@ -130,14 +133,17 @@ class _Column:
 
 
 def _first_columns(
-    network: Topology, commodities: Sequence[Commodity], room: dict[tuple[str, str], int]
+    network: Topology, commodities: Sequence[Commodity], room: dict[tuple[str, str], int], *, nearest: bool
 ) -> list[tuple[_Column, float]]:
-    """Every wish from the nearest unlimited source, the quickest way; extras to the nearest devices first."""
+    """Every wish from the nearest unlimited source, the quickest way; extras to the nearest devices first, or to those
+    that have most room left (which finds a way to place them all if the commodities are alike: Gale and Ryser 1957).
+    """
     result = []
     for commodity in commodities:
         free = tuple(name for name, limit in commodity.sources if limit is None)
         far, last = network.quickest(free)
-        for device, num_bytes, limit in _amounts(commodity, far, room):
+        order = far if nearest else {device: -room.get((commodity.family, device), 0) for device, _ in commodity.caps}
+        for device, num_bytes, limit in _amounts(commodity, order, room):
             if device not in far:
                 raise TopologyError(
                     f"{device} must receive {commodity.name}, but no route leads there from "
@@ -150,14 +156,14 @@ def _first_columns(
 
 
 def _amounts(
-    commodity: Commodity, far: Mapping[str, float], room: dict[tuple[str, str], int]
+    commodity: Commodity, order: Mapping[str, float], room: dict[tuple[str, str], int]
 ) -> Iterator[tuple[str, int, str]]:
-    """(device, bytes, what limits them), the extra bytes filled in from the nearest device on. Uses up `room`."""
+    """(device, bytes, what limits them), the extra bytes filled in from the least in `order` on. Uses up `room`."""
     for device, num_bytes in commodity.wishes:
         if num_bytes > 0:
             yield device, num_bytes, "wish"
     left = commodity.extra
-    for device, cap in sorted(commodity.caps, key=lambda pair: far.get(pair[0], math.inf)):
+    for device, cap in sorted(commodity.caps, key=lambda pair: order.get(pair[0], math.inf)):
         key = (commodity.family, device)
         most = min(cap, room.get(key, cap))
         amount = min(left, most)
@@ -238,12 +244,12 @@ class _Simplex:
             if bound > best_bound:
                 best_bound, best_prices = bound, prices
             makespan = self.values[self.t_row]
-            if not found or makespan <= best_bound * (1 + gap) or best_bound >= give_up or pivots_left <= 0:
+            if makespan <= best_bound * (1 + gap) or best_bound >= give_up or pivots_left <= 0:
                 break
-            before = pivots_left
-            pivots_left -= self._improve(found)
-            if pivots_left == before:
+            pivots = self._improve(found)
+            if not pivots:
                 break
+            pivots_left -= pivots
         assert best_prices is not None
         return self._result(best_bound, best_prices)
 

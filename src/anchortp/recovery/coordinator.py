@@ -773,6 +773,8 @@ class Coordinator:
 
     def _what_is_wrong_with(self, wish: Change) -> str:
         members = ", ".join(self.members)
+        if wish.problem:
+            return wish.problem
         for found in wish.add:
             if found.device in self._devices:
                 return f"{found.device} is in the group already, which has {members}"

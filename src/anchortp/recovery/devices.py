@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from anchortp.errors import DoesNotFit
+from anchortp.errors import DoesNotFit, in_words
 from anchortp.layout import KV, KVAddresses, Layout, ModelUnits, Shard, WeightAddresses
 
 
@@ -40,13 +40,13 @@ def fitting_kv_blocks(
         budget, need = devices[shard.device].budget_bytes, weights.committed_bytes(shard)
         if need > budget:
             raise DoesNotFit(
-                f"{shard.device} would hold {need} bytes of weights, its budget is {budget} bytes. "
+                f"{shard.device} would hold {in_words(need)} of weights, its budget is {in_words(budget)}. "
                 f"Give it more memory or use more devices."
             )
         fitting = kv.blocks_that_fit(len(shard[KV]), budget - need)
         if fitting < least:
             raise DoesNotFit(
-                f"{shard.device} has {budget - need} bytes left for KV cache beside {need} bytes of weights: "
+                f"{shard.device} has {in_words(budget - need)} left for KV cache beside {in_words(need)} of weights: "
                 f"{fitting} block(s) of {block_size} tokens, but at least {least} are needed. "
                 f"Give it more memory or use more devices."
             )

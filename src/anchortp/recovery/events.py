@@ -44,6 +44,7 @@ class Change:
     `add`: devices whose anchors answer; they hold nothing that is used. `remove`: members that shall leave.
     `speeds`: the new relative speeds, None to keep the present ones. `plan`: the layout and moves wanted, None to
     have them planned. `why` begins the story; `change_id` finds it. `attempt`: how often a fault has interrupted it.
+    `problem`: it cannot be, for a reason that was found on the way here.
     """
 
     why: str
@@ -53,6 +54,7 @@ class Change:
     speeds: tuple[tuple[str, float], ...] | None = None
     plan: Plan | None = None
     attempt: int = 0
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -50,8 +50,8 @@ class Episode:
     def phase_seconds(self) -> dict[str, float]:
         """Seconds spent in each phase, in the order of first entry."""
         seconds: dict[str, float] = {}
-        ends = [start for _, start in self.phases[1:]] + [self.ended_s]
-        for (phase, start), end in zip(self.phases, ends, strict=True):
+        ends = [*(start for _, start in self.phases[1:]), self.ended_s]
+        for (phase, start), end in zip(self.phases, ends, strict=False):  # a change that is refused has no phase
             if end is not None:
                 seconds[phase] = seconds.get(phase, 0.0) + end - start
         return seconds

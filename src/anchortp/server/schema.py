@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from anchortp.engine.api import SamplingParams
+from anchortp.engine.api import DeviceChange, SamplingParams
 from anchortp.server.api_errors import from_validation
 
 MAX_PROMPTS = 128
@@ -205,6 +205,23 @@ class CompletionBody(GenerateBody):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+
+class DevicesBody(_Body):
+    """Devices that shall join or leave, and relative speeds of those that stay."""
+
+    add: list[str] = []
+    remove: list[str] = []
+    speeds: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    memory_bytes: Annotated[int | None, Field(gt=0)] = None
+
+    def change(self) -> DeviceChange:
+        return DeviceChange(
+            add=tuple(self.add),
+            remove=tuple(self.remove),
+            speeds=None if self.speeds is None else tuple(self.speeds.items()),
+            memory_bytes=self.memory_bytes,
+        )
 
 
 class ChatBody(GenerateBody):

@@ -124,7 +124,7 @@ class Destination:
 
     def prepare(self, start: int, stop: int) -> None:
         """Allocates and maps the pages of `[start, stop)` in bulk. Raises StateError when there is no memory."""
-        self._arena.commit(start, stop)
+        self._arena.allocate(start, stop)
         page = self._buffer.data_ptr() + start & -4096
         # Where the kernel is too old for it, pages are mapped one by one as they are written.
         _libc.madvise(page, self._buffer.data_ptr() + stop - page, MADV_POPULATE_READ)
