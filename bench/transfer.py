@@ -36,6 +36,7 @@ from anchortp.plan import POLICIES, FromHost, FromPeer, Move, Plan, Problem, loc
 from anchortp.plan.plan import REPLICATED
 from anchortp.transfer.checkpoint import Checkpoint
 from anchortp.transfer.executor import Hooks, Load, Loaded
+from anchortp.transfer.packed import PackedColumns, Packer
 from anchortp.transfer.sources import Destination, HostSource, PeerSource
 from anchortp.transfer.work import HOST, Geometry, complete
 from bench.common import conditions, console, finish, spread
@@ -126,6 +127,14 @@ class Order:
     cold: bool = False
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pack:
+    """Fill the file of packed columns from the arena, and read from it from now on."""
+
+    path: Path
+    shard: Shard
+
+
 class Worker:
     """[device process] What an engine's worker does in a load, without an engine around it."""
 
@@ -136,25 +145,39 @@ class Worker:
         self.geometry = Geometry(WeightAddresses(units=units))
         self.checkpoint = Checkpoint.open(folder, units)
         self.buffer = torch.frombuffer(arenas[device].map(), dtype=torch.uint8)
+        self.destination = Destination(arenas[device], self.buffer)
+        self.packed: PackedColumns | None = None
 
     def serve(self, pipe: Connection) -> None:
         while (order := pipe.recv()) is not None:
+            if isinstance(order, Pack):
+                self._pack(order)
+                pipe.send("packed")
+                continue
             moves = self._moves(order)
             self._reserve(order, moves)
             pipe.send("ready")
             assert pipe.recv() == "go"
             pipe.send(self._load(order))
 
+    def _pack(self, order: Pack) -> None:
+        self.packed = PackedColumns(order.path, self.geometry)
+        packer = Packer(self.packed, self.geometry, order.shard, self.buffer, pace=1.0)
+        packer.start()
+        packer.join()
+
     def _moves(self, order: Order) -> tuple[Move, ...]:
         return complete(self.geometry, self.device, order.before, order.after, order.moves, order.fresh)
 
     def _reserve(self, order: Order, moves: Sequence[Move]) -> None:
-        destination = Destination(self.arenas[self.device], self.buffer)
+        """Before the clock starts. Cold: their pages are given back, and the load allocates them."""
+        if order.cold:
+            self.destination = Destination(self.arenas[self.device], self.buffer)
         for chunk in self.geometry.chunks(moves):
             if order.cold:
                 self.arenas[self.device].decommit(chunk.start, chunk.stop)
             else:
-                destination.prepare(chunk.start, chunk.stop)
+                self.destination.prepare(chunk.start, chunk.stop)
 
     def _load(self, order: Order) -> Loaded:
         done = threading.Event()
@@ -167,7 +190,7 @@ class Worker:
         load = Load(
             self.geometry,
             self.geometry.chunks(self._moves(order)),
-            Destination(self.arenas[self.device], self.buffer),
+            self.destination,
             Hooks(open_source=self._source, on_end=ended),
             expected=order.expected,
             num_movers=order.num_movers,
@@ -179,7 +202,7 @@ class Worker:
 
     def _source(self, name: str):
         if name == HOST:
-            return HostSource(self.checkpoint)
+            return HostSource(self.checkpoint, self.packed)
         return PeerSource(name, self.arenas[name], is_gone=lambda: False, on_close=lambda: None)
 
 
@@ -209,6 +232,15 @@ class Machine:
         for device, result in self._carry_out(orders)[1].items():
             assert isinstance(result, Loaded), f"{device}: {result}"
             self.sums |= result.sums
+
+    def pack(self, path: Path) -> float:
+        """Seconds to write the packed columns, all devices at once."""
+        began_s = time.perf_counter()
+        for device in self.devices:
+            self._pipes[device].send(Pack(path=path, shard=self.before[device]))
+        for device in self.devices:
+            assert self._answer(device) == "packed"
+        return time.perf_counter() - began_s
 
     def _run(self, device: str, pipe: Connection) -> None:
         Worker(device, self.folder, self.units, self.arenas).serve(pipe)
@@ -494,6 +526,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--movers", type=int, default=1, help="threads of one device's load that move")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the floor's memcpy")
     parser.add_argument("--cold-pages", action="store_true", help="allocate the destinations' pages in the load")
+    parser.add_argument("--unpacked", action="store_true", help="read columns from the checkpoint itself")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--tiny", action="store_true", help="a model of a few megabytes: does the benchmark run?")
     args = parser.parse_args(argv)
@@ -508,6 +541,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for num_devices in dict.fromkeys(n for n, _ in CHANGES.values()):
         machine = Machine(folder, num_devices, args.movers)
         try:
+            if not args.unpacked:
+                results.setdefault("pack_s", []).append(machine.pack(folder / "columns.packed"))
             for change, (size, lost) in CHANGES.items():
                 if size == num_devices:
                     results["changes"][change] = measure(machine, lost, args, memcpy)

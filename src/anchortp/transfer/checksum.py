@@ -27,6 +27,11 @@ def digest(data: memoryview) -> str:
     return xxhash.xxh3_64_hexdigest(data)
 
 
+def digest_value(data: memoryview) -> int:
+    """xxh3_64 as a number other than 0, which stands for nothing."""
+    return xxhash.xxh3_64_intdigest(data) or 1
+
+
 class SumBook:
     """Which segments of a load have arrived and been found right, and what they add up to. One thread at a time.
 

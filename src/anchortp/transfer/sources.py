@@ -7,16 +7,18 @@ these StateError and WireError say that it will not answer again.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from anchortp.arena import MemfdArena
+from anchortp.arena import IntervalSet, MemfdArena
 from anchortp.errors import StateError
 from anchortp.layout import ReplicatedTensor
 from anchortp.transfer.checkpoint import Checkpoint, fill
+from anchortp.transfer.packed import PackedColumns
 from anchortp.transfer.work import Chunk
 
 MADV_POPULATE_READ = 22  # Linux 5.14; maps the pages that are there, many at a time
@@ -48,10 +50,11 @@ class Source(Protocol):
 
 
 class HostSource:
-    """The checkpoint's files. Keeps nothing open of its own."""
+    """The checkpoint's files, and what is kept of them in a better order. Keeps nothing open of its own."""
 
-    def __init__(self, checkpoint: Checkpoint):
+    def __init__(self, checkpoint: Checkpoint, packed: PackedColumns | None = None):
         self._checkpoint = checkpoint
+        self._packed = packed
         config = checkpoint.units.config
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._row_bytes = config.hidden_size * config.dtype_bytes
@@ -60,6 +63,8 @@ class HostSource:
         tensor = chunk.region.tensor
         if isinstance(tensor, ReplicatedTensor):
             self._checkpoint.read_replicated(tensor, chunk.region.copy, out.view(self._dtype).view(tensor.shape))
+            return
+        if self._packed is not None and self._packed.read(chunk, out):
             return
         first_row, skipped = divmod(chunk.first_byte, self._row_bytes)
         num_rows = -(-(skipped + chunk.num_bytes) // self._row_bytes)
@@ -77,7 +82,9 @@ class HostSource:
 
     def prefetch(self, chunk: Chunk) -> None:
         tensor = chunk.region.tensor
-        if not isinstance(tensor, ReplicatedTensor):
+        if self._packed is not None and self._packed.has(chunk):
+            self._packed.prefetch(chunk)
+        elif not isinstance(tensor, ReplicatedTensor):
             first_row, skipped = divmod(chunk.first_byte, self._row_bytes)
             num_rows = -(-(skipped + chunk.num_bytes) // self._row_bytes)
             self._checkpoint.prefetch(tensor, chunk.region.copy, chunk.unit, first_row, num_rows)
@@ -121,9 +128,15 @@ class Destination:
         self._arena = arena
         self._buffer = buffer
         self._view = memoryview(buffer.numpy())
+        self._prepared = IntervalSet()
+        self._lock = threading.Lock()
 
     def prepare(self, start: int, stop: int) -> None:
-        """Allocates and maps the pages of `[start, stop)` in bulk. Raises StateError when there is no memory."""
+        """Allocates and maps the pages of `[start, stop)` in bulk, once: page by page, as they are written, would
+        take longer than the copy. Raises StateError when there is no memory."""
+        with self._lock:
+            if not self._prepared.add(start, stop):
+                return
         self._arena.allocate(start, stop)
         page = self._buffer.data_ptr() + start & -4096
         # Where the kernel is too old for it, pages are mapped one by one as they are written.
