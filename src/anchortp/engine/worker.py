@@ -54,6 +54,8 @@ from anchortp.state.wire import Channel
 from anchortp.transfer.checkpoint import Checkpoint
 from anchortp.transfer.executor import Hooks, Load, Loaded, Progress
 from anchortp.transfer.faulty import Fault, FaultySource
+from anchortp.transfer.fingerprint import fingerprint
+from anchortp.transfer.packed import PackedColumns, Packer, open_packed
 from anchortp.transfer.queue import Failure
 from anchortp.transfer.sources import Destination, HostSource, PeerSource, Source
 from anchortp.transfer.work import EMBED_POSITION, Geometry, complete
@@ -116,6 +118,9 @@ class Worker:
         self._checkpoint: Checkpoint | None = None
         self._load: Load | None = None
         self._load_ticket: int | None = None
+        self._packed: PackedColumns | None = None
+        self._packer: Packer | None = None
+        self._packing = threading.Lock()  # a load's end and a group's begin may both start the packer
         self._rates: dict[str, float] = {}  # bytes per second of links, by the last load that used them
         self._sending = threading.Lock()  # a load's threads speak too
         self._region: ShmRegion | None = None
@@ -172,6 +177,9 @@ class Worker:
             probe=probe,
             order=order,
         )
+        if order.packed_folder:
+            name = f"{fingerprint(order.model_folder, config)}-{config.expert_cut}"
+            self._packed = open_packed(Path(order.packed_folder, name), self._assignment.geometry)
         probe.at("attach")
         self._send(m.WorkerAttached(device=order.device, epoch=order.epoch))
 
@@ -252,6 +260,7 @@ class Worker:
             rerouted=list(result.rerouted),
         )
         self._send(done)
+        self._start_packer()
 
     def _cancel_load(self, order: m.CancelLoad) -> None:
         if order.ticket == self._load_ticket:
@@ -259,10 +268,24 @@ class Worker:
         self._send(m.LoadCancelled(ticket=order.ticket))
 
     def _stop_load(self) -> None:
-        """Nothing is written into the arena any more. Raises StateError if that cannot be promised."""
+        """The arena is neither written nor read any more but by this thread. Raises StateError if that cannot be
+        promised."""
         if self._load is not None:
             self._load.cancel()
         self._load, self._load_ticket = None, None
+        if self._packer is not None:
+            self._packer.stop()
+        self._packer = None
+
+    def _start_packer(self) -> None:
+        """Once the group's weights are whole."""
+        with self._packing:
+            waits = self._group is None or (self._load is not None and not self._load.is_whole)
+            if self._packed is None or self._packer is not None or waits:
+                return
+            buffer = self._arenas[WEIGHTS_ARENA][1]
+            self._packer = Packer(self._packed, self._assigned().geometry, self._shard, buffer)
+            self._packer.start()
 
     def _source(self, name: str) -> Source:
         """[a thread of the load] The host's checkpoint, or the weights arena of a device."""
@@ -270,7 +293,7 @@ class Worker:
         if name == HOST_SOURCE:
             if self._checkpoint is None:
                 self._checkpoint = Checkpoint.open(Path(a.order.model_folder), a.units)
-            source: Source = HostSource(self._checkpoint)
+            source: Source = HostSource(self._checkpoint, self._packed)
         elif name == a.device:
             arena, _ = self._arenas[WEIGHTS_ARENA]
             source = PeerSource(name, arena, is_gone=lambda: False, on_close=lambda: None)
@@ -407,6 +430,7 @@ class Worker:
         else:
             self._decoder.rebind(layout, rank, weights, kv_cache)
         self._send(m.GroupFormed(epoch=order.epoch))
+        self._start_packer()
 
     def _make_group(self, rank: int) -> Group:
         a = self._assigned()

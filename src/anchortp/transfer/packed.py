@@ -13,6 +13,7 @@ was torn by a crash counts as missing.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
 import threading
@@ -118,6 +119,15 @@ class PackedColumns:
 
     def _first_number(self, region: Region, unit: int) -> int:
         return self._bases[region.tensor.key, region.copy][1] + unit * region.num_segments
+
+
+def open_packed(path: Path, geometry: Geometry) -> PackedColumns | None:
+    """None, and a line in the log, where the file cannot be had: everything works without it, slower."""
+    try:
+        return PackedColumns(path, geometry)
+    except OSError as error:
+        logging.getLogger(__name__).warning("%s cannot be used (%s): columns are read from the checkpoint", path, error)
+        return None
 
 
 def is_packed(region: Region) -> bool:
