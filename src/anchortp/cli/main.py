@@ -95,6 +95,14 @@ def serve(
     pipelined_load: Annotated[
         bool, typer.Option(help="Compute the first layers while the last are still loaded.")
     ] = True,
+    packed_columns: Annotated[
+        bool,
+        typer.Option(
+            "--packed-columns",
+            help="Keep row-parallel weights transposed in the cache folder: loads read "
+            "them several times as fast, for a third of the model's size on disk.",
+        ),
+    ] = False,
     served_model_name: Annotated[str | None, typer.Option(help="Name in the API. Default: the folder's.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="ANCHORTP_API_KEY", help="Ask clients for this key.")] = None,
     keep_anchors: Annotated[
@@ -109,6 +117,7 @@ def serve(
 ) -> None:
     """Serve MODEL with the OpenAI API; start missing anchors, attach to running ones."""
     from anchortp.cli import serving
+    from anchortp.config import cache_folder
 
     serving.serve(
         serving.ServeOptions(
@@ -140,6 +149,7 @@ def serve(
         eplb=eplb,
         eplb_interval_s=eplb_interval,
         pipelined_load=pipelined_load,
+        packed_folder=str(cache_folder() / "packed") if packed_columns else "",
         speeds=serving.parse_speeds(speed or []),
     )
 

@@ -561,6 +561,7 @@ class ElasticEngine:
                 kv_blocks=config.kv_blocks,
                 num_threads=config.threads_per_worker,
                 collectives=config.collectives,
+                packed_folder=config.packed_folder,
                 strikes=tuple(strike for strike in self._strikes if strike.device == device),
             ),
         )

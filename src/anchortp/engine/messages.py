@@ -21,7 +21,10 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Assign(_Message):
-    """Become the worker of `device`: connect to its anchor and take the lease. -> WorkerAttached"""
+    """Become the worker of `device`: connect to its anchor and take the lease. -> WorkerAttached
+
+    `packed_folder`: where columns are kept as rows (`transfer.packed`); "": nowhere.
+    """
 
     device: str
     epoch: int
@@ -35,6 +38,7 @@ class Assign(_Message):
     kv_blocks: int
     num_threads: int
     collectives: str
+    packed_folder: str = ""
     strikes: tuple[Strike, ...] = ()
 
 

@@ -7,7 +7,7 @@ residual stream is in the model's dtype, norms are computed in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -27,6 +27,10 @@ from anchortp.model.weights import LayerWeights, WeightViews
 # is touched. With explicit matmuls this took 2.4 ms for 512 tokens of 9 heads in bf16 on one thread, against
 # 7.6 ms for torch's fused attention on CPU.
 TILE_QUERIES = 64
+
+# For weights that are still on their way. Called before each layer (its number) and before the logits (the number of
+# layers): returns once those weights may be used, or raises. The embedding must be there before the pass begins.
+Gate = Callable[[int], None]
 
 
 class ReduceGroup(Protocol):
@@ -112,11 +116,11 @@ class Decoder:
         self._gathered = torch.empty(0, dtype=self.dtype)  # context of one group, reused by all layers
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, group: ReduceGroup) -> Tensor | None:
+    def forward(self, batch: ForwardBatch, group: ReduceGroup, gate: Gate | None = None) -> Tensor | None:
         """One step: writes the batch's keys and values into the cache, computes logits where asked.
 
         Returns float32 `[sampled, vocab_size]` on rank 0, in the order of the entries, and None on the others.
-        Every rank of the group must call it with an equal batch. Raises what the group raises.
+        Every rank of the group must call it with an equal batch. Raises what the group and `gate` raise.
         """
         assert (group.rank, group.size) == (self.rank, self.num_ranks), "a group of another layout"
         assert batch.block_size == self.kv_cache.block_size, "a batch for another block size"
@@ -125,8 +129,12 @@ class Decoder:
             self.moe.begin(batch.positions)
         x = group.all_reduce(self._embed(batch.token_ids))
         for index, layer in enumerate(self.weights.layers):
+            if gate:
+                gate(index)
             x.add_(group.all_reduce(self._attention(index, layer, x, step)))
             x.add_(group.all_reduce(self._mlp(index, layer, x)))
+        if gate:
+            gate(self.config.num_layers)
         return self._logits(x.index_select(0, batch.sample_rows), group)
 
     def _prepare(self, batch: ForwardBatch) -> _Step:

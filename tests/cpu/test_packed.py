@@ -1,0 +1,111 @@
+"""Columns kept as rows: read back as the checkpoint gives them, believed only where they add up."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from anchortp.layout import empty_shard, initial_layout
+from anchortp.transfer import sources, work
+from anchortp.transfer.executor import Loaded
+from anchortp.transfer.packed import PackedColumns, Packer, is_packed
+from anchortp.transfer.sources import HostSource
+from tests.cpu.transfer_tools import Bench
+from tests.tiny_model import write_model
+
+SIZES = [(1 << 20, 4 << 20), (1000, 5000)]
+
+
+@pytest.fixture(params=SIZES, ids=["large", "small"])
+def bench(request, tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "SEGMENT_BYTES", request.param[0])
+    monkeypatch.setattr(work, "CHUNK_BYTES", request.param[1])
+    bench = Bench(write_model(tmp_path / "model", dtype="bfloat16"))
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def packed(bench, tmp_path):
+    packed = PackedColumns(tmp_path / "cache" / "columns", bench.geometry)
+    yield packed
+    packed.close()
+
+
+def shard_of(bench):
+    return initial_layout(bench.units, ["cpu:0"]).shards[0]
+
+
+def fill(bench, packed):
+    packer = Packer(packed, bench.geometry, shard_of(bench), bench.fill("cpu:0", shard_of(bench)), pace=1.0)
+    packer.start()
+    packer.join()
+
+
+def reads(bench, packed):
+    """Per chunk of columns whether it came from the file; what came is compared with the arena."""
+    everything = work.complete(bench.geometry, "cpu:0", empty_shard("cpu:0"), shard_of(bench), [], False)
+    arena, found = bench.arena("cpu:0"), []
+    for chunk in bench.geometry.chunks(everything):
+        out = torch.zeros(chunk.num_bytes, dtype=torch.uint8)
+        came = packed.read(chunk, out)
+        assert came == (came and is_packed(chunk.region))
+        if is_packed(chunk.region):
+            found.append(came)
+        if came:
+            assert torch.equal(out, arena[chunk.start : chunk.stop])
+    return found
+
+
+def test_what_was_packed_is_read_back_and_the_rest_is_not_there(bench, packed):
+    assert not any(reads(bench, packed))
+    fill(bench, packed)
+    found = reads(bench, packed)
+    assert found and all(found)
+
+
+def test_another_process_sees_what_one_has_written(bench, packed, tmp_path):
+    other = PackedColumns(tmp_path / "cache" / "columns", bench.geometry)
+    fill(bench, packed)
+    assert all(reads(bench, other))
+    other.close()
+
+
+def test_a_torn_segment_is_not_believed_and_the_load_reads_the_checkpoint(bench, packed, tmp_path):
+    fill(bench, packed)
+    with (tmp_path / "cache" / "columns").open("r+b") as file:
+        (byte,) = file.read(1)
+        file.seek(0)
+        file.write(bytes([byte ^ 1]))
+    found = reads(bench, packed)
+    assert found.count(False) == 1
+    assert found == reads(bench, packed), "it is missing from now on"
+    load, results = bench.load("cpu:1", shard_of(bench))
+    opened = load._hooks.open_source
+    object.__setattr__(load._hooks, "open_source", lambda name: with_packed(opened(name), packed))
+    load.start()
+    assert isinstance(results.get(timeout=30), Loaded)
+    load.cancel()
+    assert torch.equal(bench.arena("cpu:1"), bench.arena("cpu:0"))
+
+
+def with_packed(source: HostSource, packed: PackedColumns) -> HostSource:
+    return sources.HostSource(source._checkpoint, packed)
+
+
+def test_a_file_that_was_cut_off_is_as_good_as_empty(bench, packed, tmp_path):
+    fill(bench, packed)
+    table_at = os.path.getsize(tmp_path / "cache" / "columns") - len(packed._map)
+    with open(tmp_path / "cache" / "columns", "r+b") as file:
+        file.write(bytes(table_at))
+    assert not any(reads(bench, packed))
+
+
+def test_stop_ends_the_packer(bench, packed):
+    buffer = bench.fill("cpu:0", shard_of(bench))
+    packer = Packer(packed, bench.geometry, shard_of(bench), buffer, pace=1e-6)
+    packer.start()
+    packer.stop()
+    assert not packer._thread.is_alive()
