@@ -592,6 +592,7 @@ class ElasticEngine:
                 num_bytes=done.num_bytes,
                 peer_bytes=done.peer_bytes,
                 rerouted=tuple(done.rerouted),
+                links=tuple((source, *measured) for source, measured in done.links.items()),
             )
         )
 
@@ -838,6 +839,7 @@ class ElasticEngine:
             },
             "counters": dict(self._counters),
             "devices": self._devices(),
+            "links": {f"{a}>{b}": {"bytes_per_s": rate} for (a, b), rate in recovery.rates.measured.items()},
             "experts": self._balancer.status(recovery.layout) if self._balancer and recovery.phase == SERVING else {},
             "episodes": episodes,
             "faults": faults,

@@ -31,7 +31,7 @@ from typing import Any
 
 from anchortp.errors import ConfigError, DoesNotFit
 from anchortp.layout import ATTENTION, KV, Layout, ModelUnits, Shard, check_devices, empty_shard
-from anchortp.plan import POLICIES, REPLICATED, Move, Plan, Problem, Topology, fill_plan, local
+from anchortp.plan import POLICIES, REPLICATED, Move, Plan, Problem, Rates, Topology, fill_plan
 from anchortp.recovery import change as ch
 from anchortp.recovery.change import PlannedChange
 from anchortp.recovery.devices import Device, fitting_kv_blocks
@@ -124,7 +124,8 @@ class Coordinator:
 
     `epoch`, `phase`, `deadline_s` (clock time at which a `Tick` is due, None if nothing is awaited), `layout`,
     `num_kv_blocks`, `episodes` (the story, oldest first), `log` (every event with its time, for replay),
-    `speeds` (the present ones), `wants_switch` (feed `Switch` as soon as no step is in flight).
+    `speeds` (the present ones), `rates` (of links, as measured), `wants_switch` (feed `Switch` as soon as no step is
+    in flight).
     """
 
     def __init__(self, units: ModelUnits, config: RecoveryConfig):
@@ -135,6 +136,7 @@ class Coordinator:
         self.phase = IDLE
         self.num_kv_blocks = 0
         self.speeds = dict(config.speeds or {})
+        self.rates = Rates(measured={})
         self.episodes: list[Episode] = []
         self.log: list[tuple[float, Event]] = []
         self._episode: Episode | None = None  # of the latest recovery; a change has its own
@@ -370,6 +372,7 @@ class Coordinator:
             return
         for text in event.rerouted:
             self._say(f"{event.device}: {text}")
+        self.rates = self.rates.fold(event.device, {source: (size, rate) for source, size, rate in event.links})
         if self._change is not None and self._change.step == ch.LOADING:
             self._loaded_behind(event)
             return
@@ -693,8 +696,8 @@ class Coordinator:
         return POLICIES[self.config.policy](problem)
 
     def _topology(self, devices: tuple[str, ...]) -> Topology:
-        """The links of this machine, less those from devices that could not be read."""
-        topology = local(devices)
+        """The links of this machine as they were measured, less those from devices that could not be read."""
+        topology = self.rates.topology(devices)
         if not self._unreadable:
             return topology
         links = tuple(link for link in topology.links if link.src not in self._unreadable)
