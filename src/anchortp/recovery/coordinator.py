@@ -31,7 +31,7 @@ from typing import Any
 
 from anchortp.errors import ConfigError, DoesNotFit
 from anchortp.layout import ATTENTION, KV, Layout, ModelUnits, Shard, check_devices, empty_shard
-from anchortp.plan import POLICIES, REPLICATED, Move, Plan, Problem, Rates, Topology, fill_plan
+from anchortp.plan import POLICIES, Move, Plan, Problem, Rates, Topology, fill_plan
 from anchortp.recovery import change as ch
 from anchortp.recovery.change import PlannedChange
 from anchortp.recovery.devices import Device, fitting_kv_blocks
@@ -378,14 +378,21 @@ class Coordinator:
             return
         device, episode = self._devices[order.device], self._recovery
         self._count_load(episode, event)
-        if order.fresh:
-            episode.replicated_bytes += self.units.replicated_bytes
+        self._count_arrivals(episode, event.num_bytes, device.shard, order)
         device.shard, device.fresh = order.after, False
-        held = {family: set(order.after[family]) for family in self.units.families}
-        self._missing = {(family, unit) for family, unit in self._missing if unit not in held[family]}
         self._forget_load(event.device)
         if not self._loading:
             self._all_loaded()
+
+    def _count_arrivals(self, episode: Episode, num_bytes: int, before: Shard, order: _Order) -> None:
+        """What was missing is there now; all else that came is a further copy of something."""
+        families = self.units.families
+        came = {(family, unit) for family in families for unit in order.after[family][len(before[family]) :]}
+        found = came & self._missing
+        self._missing -= found
+        replicated = self.units.replicated_bytes if order.fresh else 0
+        episode.replicated_bytes += replicated
+        episode.replica_bytes += num_bytes - replicated - sum(self.units.unit_bytes[family] for family, _ in found)
 
     def _on_load_failed(self, event: LoadFailed) -> None:
         if self._orders.pop(event.ticket, None) is None:
@@ -536,10 +543,9 @@ class Coordinator:
             self._reserve()
 
     def _count_missing(self, plan: Plan) -> None:
-        missing, episode = self._missing_units(), self._recovery
-        episode.lost_bytes += sum(self.units.unit_bytes[f] for f, _ in missing - self._missing)
+        missing = self._missing_units()
+        self._recovery.lost_bytes += sum(self.units.unit_bytes[f] for f, _ in missing - self._missing)
         self._missing = missing
-        episode.replica_bytes += plan.replica_bytes - sum(m.num_bytes for m in plan.moves if m.family == REPLICATED)
         for reason in plan.reasons:
             self._say(reason)
 
