@@ -5,7 +5,8 @@
 A model with the layer shapes of Qwen3-8B and random weights is made once. Each device is a process with a memfd
 arena; a plan of the policy is carried out by the executor (`anchortp.transfer`), stage by stage, all devices at once,
 sums checked. Then the arenas are brought back to where they were. The floor is the same run's: lost bytes over the
-bytes that two threads copy from warm memory to warm memory. Destinations are reserved (their pages allocated) before
+bytes that two threads copy from warm memory to warm memory. Where other work runs on the machine, CPU time says more:
+that of all devices, over what one thread needs to copy the lost bytes. Destinations are reserved (their pages allocated) before
 the clock starts, as a recovery reserves before it moves; `--cold-pages` has the executor allocate them in the load.
 
 The last line on stdout is one JSON document.
@@ -84,6 +85,7 @@ def make_model(folder: Path, num_layers: int, shape: dict) -> Path:
 
     def save(name: str, tensors: dict[str, torch.Tensor]) -> None:
         save_file(tensors, folder / name)
+        _evict(folder / name)
         weight_map.update(dict.fromkeys(tensors, name))
 
     for layer in range(num_layers):
@@ -109,6 +111,24 @@ def make_model(folder: Path, num_layers: int, shape: dict) -> Path:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     config_path.write_text(json.dumps(raw))
     return folder
+
+
+def _evict(path: Path) -> None:
+    """Out of the page cache: read back from disk it lies in large folios, as a file does that was downloaded."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def read_all(folder: Path) -> float:
+    """Into the page cache. Bytes per second."""
+    began_s, num_bytes = time.perf_counter(), 0
+    buffer = bytearray(4 << 20)
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                num_bytes += count
+    return num_bytes / (time.perf_counter() - began_s)
 
 
 # ----------------------------------------------------------------------------------------------- the devices
@@ -179,8 +199,9 @@ class Worker:
             else:
                 self.destination.prepare(chunk.start, chunk.stop)
 
-    def _load(self, order: Order) -> Loaded:
-        done = threading.Event()
+    def _load(self, order: Order) -> tuple[Loaded, float]:
+        """The result, and the CPU time of this process for it: that hardly depends on what else runs here."""
+        done, began_s = threading.Event(), time.process_time()
         results: list = []
 
         def ended(result) -> None:
@@ -198,7 +219,7 @@ class Worker:
         load.start()
         assert done.wait(TIMEOUT_S), "the load does not end"
         load.cancel()
-        return results[0]
+        return results[0], time.process_time() - began_s
 
     def _source(self, name: str):
         if name == HOST:
@@ -229,7 +250,7 @@ class Machine:
             self._pipes[device] = ours
             self._processes.append(process)
         orders = {d: self._order((), empty_shard(d), self.before[d], fresh=True) for d in self.devices}
-        for device, result in self._carry_out(orders)[1].items():
+        for device, result in self._carry_out(orders)[2].items():
             assert isinstance(result, Loaded), f"{device}: {result}"
             self.sums |= result.sums
 
@@ -256,8 +277,8 @@ class Machine:
             cold=cold,
         )
 
-    def _carry_out(self, orders: dict[str, Order]) -> tuple[float, dict[str, Loaded]]:
-        """Seconds from the word to the last device's end."""
+    def _carry_out(self, orders: dict[str, Order]) -> tuple[float, float, dict[str, Loaded]]:
+        """Seconds from the word to the last device's end, and CPU seconds of all of them."""
         for device, order in orders.items():
             self._pipes[device].send(order)
         for device in orders:
@@ -265,19 +286,20 @@ class Machine:
         began_s = time.perf_counter()
         for device in orders:
             self._pipes[device].send("go")
-        results = {device: self._answer(device) for device in orders}
+        answers = {device: self._answer(device) for device in orders}
         took_s = time.perf_counter() - began_s
+        results = {device: result for device, (result, _) in answers.items()}
         for device, result in results.items():
             assert isinstance(result, Loaded) and not result.rerouted, f"{device}: {result}"
-        return took_s, results
+        return took_s, sum(cpu_s for _, cpu_s in answers.values()), results
 
     def _answer(self, device: str):
         assert self._pipes[device].poll(TIMEOUT_S), f"{device} does not answer"
         return self._pipes[device].recv()
 
-    def carry_out(self, plan: Plan, *, cold: bool = False) -> float:
-        """Seconds for all stages of a plan; then the arenas are as they were."""
-        took_s = 0.0
+    def carry_out(self, plan: Plan, *, cold: bool = False) -> tuple[float, float]:
+        """Seconds and CPU seconds for all stages of a plan; then the arenas are as they were."""
+        took_s = cpu_s = 0.0
         written: set[tuple[str, str, int]] = set()
         for stage in range(plan.num_stages):
             orders = {}
@@ -288,9 +310,10 @@ class Machine:
                     orders[device] = self._order(moves, held, held, cold=cold)
                     written |= {(device, m.family, m.slot + i) for m in moves for i in range(m.num_units)}
             if orders:
-                took_s += self._carry_out(orders)[0]
+                seconds, cpu_seconds, _ = self._carry_out(orders)
+                took_s, cpu_s = took_s + seconds, cpu_s + cpu_seconds
         self._restore(written)
-        return took_s
+        return took_s, cpu_s
 
     def _restore(self, written: set[tuple[str, str, int]]) -> None:
         """Loads again what lay in slots of the old layout that were written to."""
@@ -367,6 +390,11 @@ class Memcpy:
         self._source = torch.ones(num_bytes, dtype=torch.uint8)
         self._target = torch.zeros(num_bytes, dtype=torch.uint8)
 
+    def bytes_per_cpu_s(self) -> float:
+        began_s = time.thread_time()
+        self._target.copy_(self._source)
+        return self._source.numel() / (time.thread_time() - began_s)
+
     def bytes_per_s(self, num_threads: int) -> float:
         size = self._source.numel() // num_threads
         parts = [slice(i * size, (i + 1) * size) for i in range(num_threads)]
@@ -394,17 +422,20 @@ def plans(machine: Machine, lost: Sequence[int]) -> dict[str, Plan]:
 def measure(machine: Machine, lost: Sequence[int], args: argparse.Namespace, memcpy: Memcpy) -> list[dict]:
     """A row per policy. Rounds go over all policies and the floor, so that they meet the same neighbours."""
     todo = plans(machine, lost)
-    times: dict[str, list[float]] = {name: [] for name in todo}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in todo}
     speeds: list[float] = []
+    cpu_speeds: list[float] = []
     for _ in range(args.repeats):
         for name, plan in todo.items():
             speeds.append(memcpy.bytes_per_s(args.threads))
+            cpu_speeds.append(memcpy.bytes_per_cpu_s())
             times[name].append(machine.carry_out(plan, cold=args.cold_pages))
     floor_speed = statistics.median(speeds)
     lost_bytes = todo[OURS].lost_bytes
     rows = []
     for name, plan in todo.items():
-        median_s = statistics.median(times[name])
+        median_s = statistics.median(seconds for seconds, _ in times[name])
+        cpu_s = statistics.median(cpu_s for _, cpu_s in times[name])
         rows.append(
             {
                 "policy": name,
@@ -413,9 +444,11 @@ def measure(machine: Machine, lost: Sequence[int], args: argparse.Namespace, mem
                 "copied_bytes": plan.copied_bytes,
                 "relocated_bytes": plan.relocated_bytes,
                 "stages": plan.num_stages,
-                "seconds": spread(times[name]),
+                "seconds": spread([seconds for seconds, _ in times[name]]),
                 "floor_s": lost_bytes / floor_speed,
                 "ratio": median_s / (lost_bytes / floor_speed),
+                "cpu_s": cpu_s,
+                "cpu_ratio": cpu_s / (lost_bytes / statistics.median(cpu_speeds)),
                 "bytes_per_s": (plan.loaded_bytes + plan.copied_bytes) / median_s,
                 "memcpy_bytes_per_s": floor_speed,
             }
@@ -478,7 +511,16 @@ def show(results: dict) -> None:
     out = console()
     for change, rows in results["changes"].items():
         table = Table(title=f"{change}: {rows[0]['lost_bytes'] / 1e9:.2f} GB lost, floor {rows[0]['floor_s']:.3f} s")
-        for column in ("policy", "read GB", "copied GB", "moved inside GB", "stages", "seconds", "over floor", "GB/s"):
+        for column in (
+            "policy",
+            "read GB",
+            "copied GB",
+            "moved inside GB",
+            "stages",
+            "seconds",
+            "over floor",
+            "CPU over memcpy's",
+        ):
             table.add_column(column, justify="left" if column == "policy" else "right")
         for row in rows:
             table.add_row(
@@ -489,7 +531,7 @@ def show(results: dict) -> None:
                 str(row["stages"]),
                 f"{row['seconds']['median']:.3f}",
                 f"{row['ratio']:.2f}",
-                f"{row['bytes_per_s'] / 1e9:.1f}",
+                f"{row['cpu_ratio']:.2f}",
             )
         out.print(table)
 
@@ -535,7 +577,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         shape = shape | {"hidden_size": 256, "head_dim": 16, "intermediate_size": 512, "vocab_size": 2048}
     name = f"qwen3-8b-shapes-{args.layers}" + ("-tiny" if args.tiny else "")
     folder = make_model(args.dir / name, args.layers, shape)
-    memcpy = Memcpy(32 << 20 if args.tiny else 1 << 30)
+    read_all(folder)
+    memcpy = Memcpy(32 << 20 if args.tiny else 512 << 20)
     results: dict = {"bench": "transfer", "conditions": conditions(), "args": vars(args) | {"dir": "", "plot": ""}}
     results["changes"] = {}
     for num_devices in dict.fromkeys(n for n, _ in CHANGES.values()):

@@ -11,8 +11,10 @@ import time
 import pytest
 import torch
 
+from anchortp.engine.scheduler import ScheduledSeq
 from anchortp.errors import GroupAborted
 from anchortp.layout import FAMILIES, empty_shard, initial_layout
+from anchortp.model import ForwardBatch
 from anchortp.transfer import queue as transfer_queue
 from anchortp.transfer import work
 from anchortp.transfer.checksum import sum_key
@@ -21,7 +23,7 @@ from anchortp.transfer.faulty import Fault
 from anchortp.transfer.queue import Failure
 from anchortp.transfer.work import HOST
 from tests.cpu.transfer_tools import Bench, moves_from
-from tests.tiny_model import write_model
+from tests.tiny_model import Oracle, write_model
 
 
 @pytest.fixture(autouse=True)
@@ -375,3 +377,40 @@ def test_progress_counts_up_to_the_end(bench):
     load.cancel()
     assert seen and all(p.total_bytes == result.num_bytes for p in seen)
     assert [p.num_bytes for p in seen] == sorted(p.num_bytes for p in seen)
+
+
+# ------------------------------------------------------------------------------------------------ the decoder
+
+
+def scheduled(token_ids):
+    return ScheduledSeq(
+        request_id="a",
+        token_ids=token_ids,
+        start=0,
+        position=len(token_ids),
+        block_ids=(0,),
+        sample=True,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        seed=0,
+        logprobs=None,
+    )
+
+
+def test_the_decoder_asks_before_each_layer_and_a_refusal_ends_the_step(folder):
+    oracle = Oracle(folder)
+    entry = scheduled((1, 2, 3))
+    asked = []
+    batch = ForwardBatch.build([entry], 16)
+    logits = oracle._decoder.forward(batch, oracle, asked.append)
+    assert asked == [0, 1, 2], "two layers, then the logits"
+    assert torch.equal(logits, oracle._decoder.forward(batch, oracle))
+
+    def refuse(layer):
+        if layer == 1:
+            raise GroupAborted(1, "no weights")
+
+    with pytest.raises(GroupAborted):
+        oracle._decoder.forward(batch, oracle, refuse)

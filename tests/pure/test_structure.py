@@ -29,6 +29,7 @@ MAY_IMPORT = {
 }
 COMMON = {"errors", "config", "devices"}
 PURE = ("layout", "plan", "recovery", "eplb")
+PURE_FILES = ("transfer/work.py", "transfer/queue.py")
 IMPURE_MODULES = {"torch", "socket", "threading", "time", "asyncio", "multiprocessing", "subprocess", "selectors"}
 LIGHT = ("anchortp.layout", "anchortp.plan", "anchortp.recovery", "anchortp.arena", "anchortp.state.anchor")
 LIGHT += ("anchortp.bench.recovery", "anchortp.bench.supervisor", "anchortp.bench.stats")
@@ -74,6 +75,12 @@ def test_pure_rooms_import_no_torch_socket_thread_or_clock(room):
     for path in [*(SOURCE / room).rglob("*.py"), *(SOURCE / f"{name}.py" for name in COMMON)]:
         tops = {name.split(".")[0] for name in imported(path)}
         assert not tops & IMPURE_MODULES, f"{path.relative_to(SOURCE)} imports {sorted(tops & IMPURE_MODULES)}"
+
+
+@pytest.mark.parametrize("name", PURE_FILES)
+def test_so_do_the_decisions_of_a_load(name):
+    tops = {imported_name.split(".")[0] for imported_name in imported(SOURCE / name)}
+    assert not tops & IMPURE_MODULES, sorted(tops & IMPURE_MODULES)
 
 
 def test_what_must_be_light_does_not_import_torch():

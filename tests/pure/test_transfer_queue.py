@@ -163,16 +163,30 @@ def test_a_link_that_turns_out_slow_is_left_for_the_host():
     chunks = [chunk(i, "cpu:1" if i % 2 else HOST, 8 * MB) for i in range(20)]
     queue = TransferQueue(chunks, limits=Limits(num_chunks=2, num_chunks_per_link=1))
     host, peer = sorted((queue.next(0.0), queue.next(0.0)), key=lambda flight: flight.source)
-    queue.finish(host, 0.01)
-    queue.finish(peer, 1.0)
+    queue.finish(host, 0.3)
+    queue.finish(peer, 2.0)
     sources = []
-    now_s = 1.0
+    now_s = 2.0
     while (flight := queue.next(now_s)) is not None:
         sources.append(flight.source)
         now_s += 0.01
         queue.finish(flight, now_s)
     assert set(sources) == {HOST} and queue.is_done
     assert "slower than the host" in queue.rerouted[0]
+
+
+def test_a_single_slow_copy_proves_nothing():
+    chunks = [chunk(i, "cpu:1" if i % 2 else HOST, 8 * MB) for i in range(20)]
+    queue = TransferQueue(chunks, limits=Limits(num_chunks=2, num_chunks_per_link=1))
+    host, peer = sorted((queue.next(0.0), queue.next(0.0)), key=lambda flight: flight.source)
+    queue.finish(host, 0.001)
+    queue.finish(peer, 0.1)
+    sources, now_s = [], 0.1
+    while (flight := queue.next(now_s)) is not None:
+        sources.append(flight.source)
+        now_s += 0.001
+        queue.finish(flight, now_s)
+    assert sources.count("cpu:1") == 9 and queue.rerouted == []
 
 
 def test_a_copy_that_takes_too_long_is_named_and_stays_in_flight():

@@ -227,7 +227,7 @@ class Worker:
         buffer = self._mapped(WEIGHTS_ARENA)
         hooks = Hooks(
             open_source=self._source,
-            on_progress=lambda progress: self._send(_load_progress(order, progress)),
+            on_progress=lambda progress: self._send_progress(order, progress),
             on_end=lambda result: self._load_ended(order, result),
             before_chunk=(lambda: a.probe.at("load")) if a.probe else (lambda: None),
         )
@@ -242,6 +242,18 @@ class Worker:
         )
         self._load_ticket = order.ticket
         self._load.start()
+
+    def _send_progress(self, order: m.LoadUnits, progress: Progress) -> None:
+        """[a thread of the load] A controller that is gone or does not read is the main thread's to notice."""
+        message = m.LoadProgress(
+            epoch=order.epoch,
+            ticket=order.ticket,
+            num_bytes=progress.num_bytes,
+            total_bytes=progress.total_bytes,
+            links=progress.links,
+        )
+        with contextlib.suppress(WireError):
+            self._send(message)
 
     def _load_ended(self, order: m.LoadUnits, result: Loaded | Failure) -> None:
         """[a thread of the load]"""
@@ -547,16 +559,6 @@ def _move(device: str, piece: m.LoadPiece) -> Move:
         num_units=piece.num_units,
         first_byte=piece.first_byte,
         route=(piece.link,) if piece.link else (),
-    )
-
-
-def _load_progress(order: m.LoadUnits, progress: Progress) -> m.LoadProgress:
-    return m.LoadProgress(
-        epoch=order.epoch,
-        ticket=order.ticket,
-        num_bytes=progress.num_bytes,
-        total_bytes=progress.total_bytes,
-        links=progress.links,
     )
 
 

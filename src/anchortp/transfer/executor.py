@@ -273,6 +273,10 @@ class Load:
         try:
             self._hooks.before_chunk()
             self._destination.prepare(chunk.start, chunk.stop)
+        except (OSError, AnchorTPError) as error:
+            self._failed(flight, str(error), fatal=True)
+            return
+        try:
             source = self._source(flight.source)
             source.read(chunk, self._destination.tensor(chunk.start, chunk.stop), lambda: stop.asked_s is not None)
         except Stopped:
@@ -321,6 +325,8 @@ class Load:
                 self._wake_all()
 
     def _source(self, name: str) -> Source:
+        if (source := self._sources.get(name)) is not None:
+            return source  # while another thread may wait for one that does not answer
         with self._opening:
             if name not in self._sources:
                 self._sources[name] = self._hooks.open_source(name)

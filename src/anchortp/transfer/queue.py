@@ -19,7 +19,7 @@ from anchortp.transfer.work import HOST, Chunk
 MAX_TRIES = 2  # of one chunk from one source
 MAX_FAILURES = 4  # of a peer, over all chunks, before it is given up
 SLOWER = 4.0  # a peer's chunk is read from the host instead if that is this many times faster by what was measured
-MIN_MEASURED_BYTES = 8 << 20  # on a link, before its measured speed counts
+MIN_MEASURED_S = 0.25  # that a link was busy, before its measured speed counts: a busy machine stalls single copies
 # How long a copy may take. A peer is given up sooner, since the host has the same bytes.
 GRACE_S = {False: 2.0, True: 30.0}  # by "is the host"
 MIN_BYTES_PER_S = 50e6
@@ -70,10 +70,12 @@ class _Link:
 
     def rate(self, now_s: float) -> float | None:
         """Bytes per second while busy; what was known before until enough has passed."""
-        busy_s = self.busy_s + (now_s - self.busy_since_s if self.in_flight else 0.0)
-        if self.num_bytes < MIN_MEASURED_BYTES or busy_s <= 0.0:
-            return self.prior_bytes_per_s
-        return self.num_bytes / busy_s
+        busy_s = self.busy(now_s)
+        return self.prior_bytes_per_s if busy_s < MIN_MEASURED_S else self.num_bytes / busy_s
+
+    def busy(self, now_s: float) -> float:
+        """Seconds in which something was in flight."""
+        return self.busy_s + (now_s - self.busy_since_s if self.in_flight else 0.0)
 
 
 class TransferQueue:
@@ -165,8 +167,7 @@ class TransferQueue:
         """Per link that carried something: bytes, and bytes per second while it was busy."""
         found = {}
         for name, link in self._links.items():
-            busy_s = link.busy_s + (now_s - link.busy_since_s if link.in_flight else 0.0)
-            if link.num_bytes and busy_s > 0.0:
+            if link.num_bytes and (busy_s := link.busy(now_s)) > 0.0:
                 found[name] = (link.num_bytes, link.num_bytes / busy_s)
         return found
 
