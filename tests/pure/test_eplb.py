@@ -24,6 +24,7 @@ from anchortp.eplb import (
 from anchortp.errors import ConfigError, DoesNotFit
 from anchortp.layout import EXPERT, Layout, initial_layout, part_of
 from anchortp.plan import Shape
+from bench.eplb import after_a_loss, against_published
 from bench.eplb_reference import best_time, brute_force, device_loads, even_placement, published
 
 UNIT = 1000  # bytes
@@ -197,6 +198,15 @@ def test_balance_is_that_of_the_published_algorithm_or_better(kind, case):
         times = device_loads(layer, published(layer, num_devices, per_device * num_devices))
         theirs.append(times.max() / times.mean())
     assert np.mean(ours) <= max(np.mean(theirs), 1.004) * 1.004
+
+
+def test_what_the_benchmark_reports_holds():
+    for row in after_a_loss(seed=0):
+        assert row["imbalance_after"] < 1.02 and row["experts_faster"] > 0.25
+    rows = against_published(1, seed=1, cases=((8, 7, 2), (8, 3, 3)))
+    assert len(rows) == 16
+    assert np.mean([row["ours"] for row in rows]) < np.mean([row["published_fitted"] for row in rows])
+    assert all(row["ours"] <= row["no_replicas"] + 1e-9 for row in rows)
 
 
 def test_fitted_shares_are_the_best_for_the_placement():

@@ -21,10 +21,9 @@ from anchortp.errors import DoesNotFit
 
 NEAR = 0.003  # of the even time: a layer that is as close to it is balanced
 FITS = 0.02  # an expert that is as close to the work to be handed over goes whole
-LITTLE = 3e-4  # of a layer's time: a gain that the search does not go on for
+LITTLE = 3e-4  # of a layer's time: less is no gain; without gain a layer ends after as many steps as there are devices
 WIDE = 16  # experts of each device that are looked at for an exchange
-MAX_STEPS = 64  # and two for every device: so long is the search, at most
-PATIENCE = 1  # times the number of devices: so many steps in a row with less gain end the search in a layer
+MAX_STEPS = 64  # or two for every device, if that is more: so long is the search, at most
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -54,6 +53,10 @@ class Balancer:
     even: Floats = field(init=False)  # [L, D] the time at which all of a node would be done if work were liquid
     num_copies: Ints = field(init=False)  # [L] so far
     history: list[tuple[Floats, Ints]] = field(init=False)  # slowest device's time and copies so far, per layer
+    _start: tuple[Bools, Floats] = field(init=False)  # held and work when the search began
+    # All that was changed since, one entry each: before which entry of the history; layer, device, expert; holders and
+    # work that were added.
+    _log: list[tuple[Ints, Ints, Ints, Ints, Ints, Floats]] = field(init=False)
 
     def __post_init__(self) -> None:
         self.num_copies = np.zeros(len(self.loads), dtype=np.int64)
@@ -65,8 +68,9 @@ class Balancer:
         self._count()
         most_slots = np.maximum(self.used.sum(axis=1) + self.free.sum(), self.loads.shape[1])
         self.bound = lower_bound(self.loads, self.speeds, self.other, most_slots)
+        self.history, self._log = [], []
+        self._start = self.held.copy(), self.work.copy()
         self.fit()
-        self.history = []
         self._record()
 
     def run(self) -> None:
@@ -87,8 +91,21 @@ class Balancer:
                 self.fit()
                 self._record()
 
+    def state_at(self, index: Ints) -> tuple[Bools, Floats]:
+        """`held` and `work` as they were when `history[index]` was written, `index` [L] of its own for each layer."""
+        held, work = self._start[0].astype(np.int64), self._start[1].copy()
+        if self._log:
+            when, line, device, expert, holders, amount = (
+                np.concatenate(column) for column in zip(*self._log, strict=True)
+            )
+            part = when <= index[line]
+            at = line[part], device[part], expert[part]
+            np.add.at(held, at, holders[part])
+            np.add.at(work, at, amount[part])
+        return held > 0, np.where(held > 0, work.clip(min=0.0), 0.0)  # what is not 0 by rounding is
+
     def fit(self) -> None:
-        fit_shares(self.work, self.held, self.carried, self.speeds)
+        fit_shares(self.work, self.held, self.carried, self.speeds, self._carry)
 
     @property
     def slowest(self) -> Floats:
@@ -111,15 +128,17 @@ class Balancer:
 
     def _leave_foreign_nodes(self) -> None:
         """Replicas outside their node go, at no cost, where the node has one."""
-        at_home = self._at_home
-        going = self.held & ~at_home & at_home.any(axis=1, keepdims=True)
-        if not going.any():
+        if not self.node.any():
             return
-        self.held &= ~going
-        moved = np.where(going, self.work, 0.0)
-        self.work -= moved
-        self.work += shares_from(np.where(at_home, self.work, 0.0), at_home) * moved.sum(axis=1, keepdims=True)
-        self._count()
+        at_home = self._at_home
+        weights = shares_from(np.where(at_home, self.work, 0.0), at_home)
+        going = np.argwhere(self.held & ~at_home & at_home.any(axis=1, keepdims=True))
+        for line, device, expert in going.tolist():
+            takers = np.flatnonzero(at_home[line, :, expert])
+            amount = weights[line, takers, expert] * self.work[line, device, expert]
+            lines, experts = np.full(len(takers), line), np.full(len(takers), expert)
+            self._carry(lines, np.full(len(takers), device), takers, experts, amount)
+            self._let_go(lines[:1], np.array([device]), experts[:1])
 
     def _place(self) -> None:
         """Experts that no device of their node holds, largest first, where they are done soonest (Graham 1969), each
@@ -151,15 +170,13 @@ class Balancer:
 
     def _fetch(self, lines: Ints, device: Ints, expert: Ints, load: Floats) -> None:
         """The expert, all its work, to one device, from wherever it is."""
-        self.carried[lines] -= self.work[lines, :, expert]
-        self.free += self.held[lines, :, expert].sum(axis=0)
-        self.used[lines] -= self.held[lines, :, expert]
-        self.replicas[lines, expert] = 0
-        self.held[lines, :, expert] = False
-        self.work[lines, :, expert] = 0.0
+        which, source = np.nonzero(self.held[lines, :, expert])
+        nowhere = self.replicas[lines, expert] == 0
         self._hold(lines, device, expert)
-        self.work[lines, device, expert] = load
-        self.carried[lines, device] += load
+        self._add(lines[nowhere], device[nowhere], expert[nowhere], load[nowhere])
+        at = lines[which], source, expert[which]
+        self._carry(lines[which], source, device[which], expert[which], self.work[at])
+        self._let_go(*at)
 
     # ------------------------------------------------------------------------------------------------- balance
 
@@ -167,11 +184,11 @@ class Balancer:
         num_layers, num_devices = self.carried.shape
         tried = np.zeros((num_layers, num_devices, num_devices), dtype=bool)  # [L, from, to]: nothing could be done
         best, since = self.slowest, np.zeros(num_layers, dtype=np.int64)
-        while len(self.history) < MAX_STEPS + 2 * num_devices:
+        while len(self.history) < max(MAX_STEPS, 2 * num_devices):
             slowest = self.slowest
             better = slowest < best * (1 - LITTLE)
             best, since = np.where(better, slowest, best), np.where(better, 0, since + 1)
-            open_ = (slowest > self.bound * (1 + NEAR)) & (since <= PATIENCE * num_devices)
+            open_ = (slowest > self.bound * (1 + NEAR)) & (since <= num_devices)
             pairs = self._pairs(np.flatnonzero(open_ & (self.num_copies < self.max_copies)), tried)
             if not pairs.lines.size:
                 break
@@ -314,23 +331,32 @@ class Balancer:
         self._let_go(p.lines[whole], p.top[whole], expert[whole])
 
     def _carry(self, lines: Ints, source: Ints, target: Ints, expert: Ints, amount: Floats) -> None:
-        self.work[lines, source, expert] -= amount
-        self.work[lines, target, expert] += amount
-        self.carried[lines, source] -= amount
-        self.carried[lines, target] += amount
+        self._add(lines, source, expert, -amount)
+        self._add(lines, target, expert, amount)
+
+    def _add(self, lines: Ints, device: Ints, expert: Ints, amount: Floats) -> None:
+        np.add.at(self.work, (lines, device, expert), amount)
+        np.add.at(self.carried, (lines, device), amount)
+        self._note(lines, device, expert, 0, amount)
 
     def _hold(self, lines: Ints, device: Ints, expert: Ints) -> None:
-        self.held[lines, device, expert] = True
+        self._set_holder(lines, device, expert, 1)
         self.num_copies[lines] += 1
-        self.used[lines, device] += 1
-        self.replicas[lines, expert] += 1
-        np.subtract.at(self.free, device, 1)
 
     def _let_go(self, lines: Ints, device: Ints, expert: Ints) -> None:
-        self.held[lines, device, expert] = False
-        self.used[lines, device] -= 1
-        self.replicas[lines, expert] -= 1
-        np.add.at(self.free, device, 1)
+        self._set_holder(lines, device, expert, -1)
+
+    def _set_holder(self, lines: Ints, device: Ints, expert: Ints, change: int) -> None:
+        self.held[lines, device, expert] = change > 0
+        np.add.at(self.used, (lines, device), change)
+        np.add.at(self.replicas, (lines, expert), change)
+        np.subtract.at(self.free, device, change)
+        self._note(lines, device, expert, change, np.zeros(len(lines)))
+
+    def _note(self, lines: Ints, device: Ints, expert: Ints, holders: int, work: Floats) -> None:
+        if lines.size:
+            when, change = np.full(len(lines), len(self.history)), np.full(len(lines), holders)
+            self._log.append((when, lines, device, expert, change, work))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from anchortp.eplb.balance import LITTLE, Balancer
+from anchortp.eplb.fit import fit_shares
 from anchortp.eplb.homes import homes
 from anchortp.eplb.limits import Limits
-from anchortp.eplb.placement import Floats, Ints, Placement, device_times, placement_of, shares_from
+from anchortp.eplb.placement import Bools, Floats, Ints, Placement, device_times, placement_of, shares_from
 from anchortp.eplb.stages import Copy, Drop, Stage, staged
 from anchortp.eplb.window import LoadWindow
 from anchortp.layout import EXPERT, Layout, UnitCatalog
@@ -92,7 +93,7 @@ def rebalance(loads: Floats, now: Placement, limits: Limits, unit_bytes: int, nu
     """
     ask = _Question(loads, now, limits)
     forced = (now.num_replicas == 0).sum(axis=1)
-    search = ask.balancer(np.full(len(loads), now.held.size) * ask.is_certain(num_steps), now)
+    search = ask.balancer(np.full(len(loads), now.held.size) * ask.is_certain(num_steps))
     fitted = search.slowest
     search.run()
     price = unit_bytes * limits.seconds_per_byte / (limits.seconds_per_choice * max(limits.horizon_steps, 1e-300))
@@ -104,10 +105,9 @@ def rebalance(loads: Floats, now: Placement, limits: Limits, unit_bytes: int, nu
             return _keep(ask, _why_kept(ask, search, segments))
         segments = segments if gain > least else []
     chosen, left_over = _within(segments, len(loads), limits.max_bytes, unit_bytes)
-    wanted = ask.balancer(forced + chosen, now)
-    if wanted.max_copies.any():
-        wanted.run()
-    return _change(ask, wanted, unit_bytes, left_over)
+    copies = np.array([count for _, count in search.history])
+    held, work = search.state_at((copies <= forced + chosen).sum(axis=0) - 1)
+    return _change(ask, ask.fitted(held, work), unit_bytes, left_over)
 
 
 @dataclass(slots=True, eq=False)
@@ -142,19 +142,32 @@ class _Question:
         enough = np.bincount(node, weights=self.slots) >= self.loads.size / (node.max() + 1)
         return node if enough.all() else np.zeros_like(node)
 
-    def balancer(self, max_copies: Ints, start: Placement) -> Balancer:
-        held, node = start.held.copy(), self.node
+    def balancer(self, max_copies: Ints) -> Balancer:
+        held, node = self.now.held.copy(), self.node
         return Balancer(
             loads=self.loads,
             speeds=self.speeds,
             other=self.other,
             slots=self.slots,
             held=held,
-            work=start.shares * self.loads[:, None, :],
+            work=self.now.shares * self.loads[:, None, :],
             home=homes(self.loads, held, node, self.speeds, self.limits.num_groups),
             node=node,
             max_copies=max_copies,
         )
+
+    def fitted(self, held: Bools, work: Floats) -> Placement:
+        """With the best shares. `work` is changed."""
+        carried = work.sum(axis=2) + self.other
+
+        def carry(lines: Ints, source: Ints, target: Ints, expert: Ints, amount: Floats) -> None:
+            work[lines, source, expert] -= amount
+            work[lines, target, expert] += amount
+            carried[lines, source] -= amount
+            carried[lines, target] += amount
+
+        fit_shares(work, held, carried, self.speeds, carry)
+        return Placement(devices=self.now.devices, held=held, shares=shares_from(work.clip(min=0.0), held))
 
     def is_certain(self, num_steps: float) -> Ints:
         """1 for layers whose imbalance can hardly be chance: if all D devices had the same mean m of choices in the
@@ -198,7 +211,7 @@ def _worth_it(search: Balancer, forced: Ints, price: float) -> list[_Segment]:
     found = []
     for layer in range(times.shape[1]):
         hull: list[tuple[int, float]] = []
-        for count, time in sorted(zip(copies[:, layer].tolist(), times[:, layer].tolist(), strict=True)):
+        for count, time in zip(copies[:, layer].tolist(), times[:, layer].tolist(), strict=True):
             if count < forced[layer] or (hull and time >= hull[-1][1]):
                 continue
             while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-2], (count, time)):
@@ -237,13 +250,11 @@ def _within(segments: Sequence[_Segment], num_layers: int, max_bytes: int | None
 # --------------------------------------------------------------------------------------------------------- answers
 
 
-def _change(ask: _Question, wanted: Balancer, unit_bytes: int, left_over: int) -> Rebalance:
-    placement = _placement(ask.now, wanted)
+def _change(ask: _Question, placement: Placement, unit_bytes: int, left_over: int) -> Rebalance:
     stages = staged(ask.now, placement, ask.slots, ask.node)
     reached = stages[-1].placement if stages else ask.now
     if (reached.held != placement.held).any():  # devices without a free slot wait for each other
-        fitted = ask.balancer(np.zeros(len(ask.loads), dtype=np.int64), reached)
-        placement = _placement(ask.now, fitted)
+        placement = ask.fitted(reached.held.copy(), reached.shares * ask.loads[:, None, :])
         stages = staged(ask.now, placement, ask.slots, ask.node)
     (imbalance_before, before_s), (imbalance_after, after_s) = ask.outcome(ask.now), ask.outcome(placement)
     if after_s > before_s * (1 - LITTLE) and not left_over and not (ask.now.num_replicas == 0).any():
@@ -272,10 +283,6 @@ def _change(ask: _Question, wanted: Balancer, unit_bytes: int, left_over: int) -
         step_s_after=after_s,
         reason=reason,
     )
-
-
-def _placement(now: Placement, search: Balancer) -> Placement:
-    return Placement(devices=now.devices, held=search.held, shares=shares_from(search.work.clip(min=0.0), search.held))
 
 
 def _keep(ask: _Question, reason: str) -> Rebalance:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 
 from anchortp.eplb.placement import Bools, Floats, Ints
@@ -10,10 +12,14 @@ MAX_STEPS = 400
 NEAR = 2e-3  # of a layer's mean time: differences that are let be
 
 
-def fit_shares(work: Floats, held: Bools, carried: Floats, speeds: Floats) -> None:
+Carry = Callable[[Ints, Ints, Ints, Ints, Floats], None]
+
+
+def fit_shares(work: Floats, held: Bools, carried: Floats, speeds: Floats, carry: Carry) -> None:
     """Shifts `work` `[num_layers, num_devices, num_experts]` between holders of the same expert until the slowest
-    device of each layer is as early as the replicas allow, or nearly. Changes `work` and `carried` (`[num_layers,
-    num_devices]`: all that a device does, other work included) in place; no device becomes slower than the slowest was.
+    device of each layer is as early as the replicas allow, or nearly; no device becomes slower than the slowest was.
+    `carry(layers, sources, targets, experts, amounts)` is to do so, in `work` and in `carried` `[num_layers,
+    num_devices]`: all that a device does, other work included.
 
     The times that are least unequal minimise sum of carried^2 / speed as well (the loads within reach form the base
     of a polymatroid; Fujishige 1980), and that is a smooth convex problem: in every layer at once, take the expert
@@ -42,10 +48,7 @@ def fit_shares(work: Floats, held: Bools, carried: Floats, speeds: Floats) -> No
         target = holders[lines, row, np.where(valid[lines, row], of_holder[at, row], np.inf).argmin(axis=1)]
         expert = which[lines, row]
         amount = np.minimum(work[lines, source, expert], gap / (1 / speeds[source] + 1 / speeds[target]))
-        work[lines, source, expert] -= amount
-        work[lines, target, expert] += amount
-        carried[lines, source] -= amount
-        carried[lines, target] += amount
+        carry(lines, source, target, expert, amount)
 
 
 def _tables(held: Bools, layers: Ints, experts: Ints) -> tuple[Ints, Bools, Ints]:
