@@ -10,13 +10,14 @@ from anchortp.plan.bound import LARGE, lower_bound, price_bound, sizes_of
 from anchortp.plan.deliver import Delivery, deliver
 from anchortp.plan.improve import changed, changes
 from anchortp.plan.loads import into
-from anchortp.plan.placement import interval_heads, place, spread_released_heads
+from anchortp.plan.placement import interval_heads, place
 from anchortp.plan.plan import Plan
 from anchortp.plan.problem import Problem
 from anchortp.plan.reasons import reasons
 from anchortp.plan.widths import best_widths
 
 NEAR = 2e-3  # relative distance to the bound at which the search stops
+FAR = 1.02  # times the bound from which on another cut of the heads is looked at
 WORTH = 1 - 1e-4  # a change must bring the time down to this part of it
 MAX_WORK = 6 * 8**2  # placements that are tried, times what one costs: about the square of the number of devices,
 UNITS_PER_WORK = 30  # and a bit for each expert; where units are many and small, odd ones matter less anyway
@@ -86,7 +87,7 @@ def _search(problem: Problem) -> _Best:
         best.raise_bound(price_bound(problem, best.delivery.routing.prices, sizes), "by the prices of the links")
         spent = tries if best.is_near else _step(problem, best, tries)
         tries -= spent
-    if not best.is_near:
+    if best.seconds > best.bound_s * FAR:
         best.delivery = _with_intervals(problem, best.delivery)
     # Where layers force it, all layers together may be less even than the bound assumes.
     best.bound_s = min(best.bound_s, best.seconds)
@@ -101,10 +102,7 @@ def _delivery(problem: Problem) -> Delivery:
     widths = best_widths(problem, best.placement)
     if widths is not None:
         best = _sooner(best, deliver(problem, place(problem, slow, widths)))
-    if best.placement.head_holder:
-        best = _sooner(best, deliver(problem, spread_released_heads(problem, best.placement)))
-        best = _with_intervals(problem, best)
-    return best
+    return _with_intervals(problem, best) if best.placement.head_holder else best
 
 
 def _with_intervals(problem: Problem, best: Delivery) -> Delivery:
@@ -125,9 +123,8 @@ def _sooner(a: Delivery, b: Delivery) -> Delivery:
 def _step(problem: Problem, best: _Best, tries: int) -> int:
     """Takes the first change that helps. Returns how many were tried: all of `tries` if none helps."""
     prices = best.delivery.routing.prices
-    far, _ = problem.network.cheapest(dict.fromkeys(problem.stores, 0.0), prices)
     placement, aim = best.delivery.placement, best.seconds - best.bound_s
-    for spent, change in enumerate(changes(problem, placement, far, aim)[:tries], 1):
+    for spent, change in enumerate(changes(problem, placement, prices, aim)[:tries], 1):
         delivery = deliver(problem, changed(problem, placement, change), best.seconds * WORTH)
         if delivery.routing.seconds < best.seconds * WORTH:
             best.delivery = delivery
