@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anchortp.layout import EXPERT
@@ -17,7 +18,7 @@ from anchortp.plan.reasons import reasons
 from anchortp.plan.widths import best_widths
 
 NEAR = 2e-3  # relative distance to the bound at which the search stops
-FAR = 1.02  # times the bound from which on another cut of the heads is looked at
+FAR = 1.02  # times the bound from which on more is tried, and another cut of the heads
 WORTH = 1 - 1e-4  # a change must bring the time down to this part of it
 MAX_WORK = 6 * 8**2  # placements that are tried, times what one costs: about the square of the number of devices,
 UNITS_PER_WORK = 30  # and a bit for each expert; where units are many and small, odd ones matter less anyway
@@ -77,12 +78,14 @@ class _Best:
 
 
 def _search(problem: Problem) -> _Best:
-    delivery = _delivery(problem)
+    delivery, prices = _delivery(problem)
     sizes = sizes_of(problem, delivery.placement)
     bound = lower_bound(problem, sizes)
     best = _Best(delivery, bound.seconds, bound.why)
+    if prices and not best.is_near:
+        best.raise_bound(price_bound(problem, prices, sizes), "by the prices of the links")
     cost = len(problem.devices) ** 2 + problem.units.num_units.get(EXPERT, 0) // UNITS_PER_WORK
-    tries = MAX_WORK // cost
+    tries = MAX_WORK // cost * (4 if best.seconds > best.bound_s * FAR else 1)
     while not best.is_near and tries > 0:
         best.raise_bound(price_bound(problem, best.delivery.routing.prices, sizes), "by the prices of the links")
         spent = tries if best.is_near else _step(problem, best, tries)
@@ -94,15 +97,16 @@ def _search(problem: Problem) -> _Best:
     return best
 
 
-def _delivery(problem: Problem) -> Delivery:
+def _delivery(problem: Problem) -> tuple[Delivery, Sequence[float]]:
     """The best of the placements that one look at the links leads to; if no living device gives anything up, that is
-    one."""
-    slow = into(problem)
+    one. And the prices of the links, if they were found on the way."""
+    slow, prices = into(problem), ()
     best = deliver(problem, place(problem, slow))
-    widths = best_widths(problem, best.placement)
-    if widths is not None:
+    found = best_widths(problem, best.placement)
+    if found is not None:
+        widths, prices = found
         best = _sooner(best, deliver(problem, place(problem, slow, widths)))
-    return _with_intervals(problem, best) if best.placement.head_holder else best
+    return _with_intervals(problem, best) if best.placement.head_holder else best, prices
 
 
 def _with_intervals(problem: Problem, best: Delivery) -> Delivery:
