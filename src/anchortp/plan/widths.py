@@ -25,8 +25,8 @@ Widths = dict[tuple[str, int], dict[str, int]]  # (family, index of the group) -
 
 def best_widths(problem: Problem, placement: Placement) -> tuple[Widths, tuple[float, ...]] | None:
     """Widths for all groups in which a living device gives up units in `placement`, q heads included, chosen so that
-    the fullest link would be least full if units could be split; and the prices of the links then. None if there are none, or too many devices for it
-    to be worth the time."""
+    the fullest link would be least full if units could be split; and the prices of the links then. None if there are
+    none, or too many devices for it to be worth the time."""
     heads = [_head_share(problem, placement)] if placement.head_holder else []
     index: dict[str, int] = {}
     moving: list[tuple[int, Share]] = []

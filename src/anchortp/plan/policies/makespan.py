@@ -33,7 +33,8 @@ def makespan(problem: Problem) -> Plan:
     2. `deliver.py` and `routing.py` split the bytes over replicas, released copies, stores and routes: exact.
     3. The prices of the links that come with it bound what *any* plan can reach (`bound.py`). If that is near, done.
     4. Else odd units are shifted from devices that are dear to reach to cheap ones, alone or in exchange for one of
-       another size (`improve.py`): first what by the prices would just close the gap. What helps is kept.
+       another size, and q heads are exchanged so that devices need fewer KV heads (`improve.py`): first what by the
+       prices would just close the gap. What helps is kept.
 
     Source: this project; the programme of step 2 is the maximum concurrent flow problem (Shahrokhi and Matula
     1990), the bound of step 3 its dual.
