@@ -136,6 +136,9 @@ class World:
     def anchor_fds(self) -> int:
         return len(os.listdir(f"/proc/{self._anchor_pid}/fd"))
 
+    def log(self) -> str:
+        return anchor_log(self.runtime_dir, self.device).read_text()
+
     def crash_anchor(self) -> None:
         process.kill(self._anchor, signal.SIGKILL)
         assert process.wait_gone(self._anchor, DEADLINE_S)
@@ -183,8 +186,7 @@ class ArenaContract:
                 yield world
             finally:
                 world.close()
-            log = anchor_log(runtime_dir, self.device).read_text()
-            assert "bug" not in log and "Traceback" not in log, log
+            assert "bug" not in world.log() and "Traceback" not in world.log(), world.log()
             assert sorted(os.listdir("/proc/self/fd")) == fds
             assert "anchortp:" not in Path("/proc/self/maps").read_text()
         finally:

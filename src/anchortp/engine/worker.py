@@ -26,6 +26,7 @@ from anchortp.config import load_model_config
 from anchortp.devices import parse_device
 from anchortp.engine import messages as m
 from anchortp.engine.accelerator import GROUPS, Accelerator
+from anchortp.engine.device_errors import verdict_of
 from anchortp.engine.faults import FaultProbe
 from anchortp.engine.kv_blocks import KVBlocks
 from anchortp.engine.mirror_addresses import HOST, MIRROR_ARENA
@@ -81,11 +82,12 @@ def worker_main(sock: socket.socket) -> None:
     channel = Channel(sock, m.ToWorker)
     channel.send(m.SpareReady(pid=os.getpid()))
     with contextlib.suppress(ChannelClosed):
+        worker = Worker(channel)
         try:
-            Worker(channel).serve()
+            worker.serve()
         except Exception as error:
             traceback.print_exc()
-            channel.send(m.WorkerFailed(reason=f"{type(error).__name__}: {error}"))
+            channel.send(m.WorkerFailed(reason=worker.explain(error)))
             raise
 
 
@@ -120,6 +122,7 @@ class Worker:
         self._channel = channel
         self._epoch = -1
         self._assignment: _Assignment | None = None
+        self._anchor: AnchorClient | None = None  # of the assignment, or of one that is about to be
         self._arenas: dict[str, tuple[Arena, torch.Tensor]] = {}
         self._checkpoint: Checkpoint | None = None
         self._load: Load | None = None
@@ -166,6 +169,14 @@ class Worker:
                 else:
                     handlers[type(message)](message)
 
+    def explain(self, error: Exception) -> str:
+        """The last words of this process. If the error says that the device is lost, its anchor is told."""
+        verdict, reason = verdict_of(error, attaching=self._assignment is None)
+        if verdict == "lost" and self._anchor is not None:
+            with contextlib.suppress(AnchorTPError):
+                self._anchor.report_lost(reason, self._epoch)
+        return f"{type(error).__name__}: {error}" + (f" [{verdict}: {reason}]" if reason else "")
+
     # ------------------------------------------------------------------------------------------ becoming
 
     def _attach(self, order: m.Assign) -> None:
@@ -174,7 +185,7 @@ class Worker:
         config = load_model_config(order.model_folder, order.dtype, order.expert_cut)
         units = model_units(config)
         device = parse_device(order.device)
-        anchor = _connect_anchor(order)
+        anchor = self._anchor = _connect_anchor(order)
         anchor.lease(order.epoch)
         self._epoch = order.epoch
         probe = FaultProbe(order.strikes, order.runtime_dir, lambda kind: _inject(order, kind))
@@ -223,7 +234,7 @@ class Worker:
             self._send(m.HandedOver(ok=False, reason=reason))
             return
         try:
-            a.anchor = _connect_anchor(a.order)
+            a.anchor = self._anchor = _connect_anchor(a.order)
             a.anchor.lease(order.epoch)
             for name, (arena, _) in self._arenas.items():
                 a.anchor.adopt_arena(arena, order.ranges.get(name, ()), order.epoch)

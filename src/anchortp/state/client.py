@@ -42,6 +42,7 @@ from anchortp.state.messages import (
     OpenArena,
     PutManifest,
     Reply,
+    ReportLost,
     Role,
     Shutdown,
     Welcome,
@@ -193,6 +194,11 @@ class AnchorClient:
             return
         with contextlib.suppress(ChannelClosed):
             self._ask(request, Ok, timeout_s=timeout_s)
+
+    def report_lost(self, reason: str, epoch: int) -> None:
+        """[worker] The device's hardware has failed. The anchor is gone after."""
+        with contextlib.suppress(ChannelClosed):
+            self._ask(ReportLost(reason=reason, epoch=epoch), Ok)
 
     def shutdown(self) -> None:
         """Returns once the anchor has let go of its memory and its address is free."""
