@@ -10,6 +10,7 @@ fenced by SIGKILL, which costs it nothing but its process, as its memory is the 
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -39,7 +40,7 @@ class NcclGroup:
     def __init__(self, region: ShmRegion, rank: int, timeout_s: float, *, store_path: str, device: torch.device):
         if not dist.is_nccl_available():
             raise ConfigError("this torch has no NCCL; install its CUDA build, or choose --collectives peer or shm")
-        os.environ.update(_QUIET_WATCHDOG)
+        os.environ.update(_QUIET_WATCHDOG | {"TORCH_NCCL_NONBLOCKING_TIMEOUT": str(math.ceil(timeout_s))})
         self.epoch = region.epoch
         self.rank = rank
         self.size = region.size

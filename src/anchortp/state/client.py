@@ -52,6 +52,9 @@ from anchortp.state.wire import MAX_FDS, Channel, Received, connect
 
 Arena = MemfdArena | VmmMapping
 
+# A GPU's driver makes chunks one by one: a millisecond for each 2 MiB is far more than it is expected to take.
+SLOWEST_COMMIT_BYTES_PER_S = 2 << 30
+
 _Expected = TypeVar("_Expected", bound=Message)
 
 
@@ -164,7 +167,11 @@ class AnchorClient:
 
     def commit(self, name: str, ranges: Iterable[Range], epoch: int) -> int:
         """Returns the device's committed bytes after. Raises BudgetExceeded, with nothing changed."""
-        return self._ask(Commit(name=name, ranges=tuple(ranges), epoch=epoch), Committed).committed_bytes
+        request = Commit(name=name, ranges=tuple(ranges), epoch=epoch)
+        timeout_s = self._timeout_s
+        if parse_device(self.welcome.device).is_chunked:
+            timeout_s += sum(stop - start for start, stop in request.ranges) / SLOWEST_COMMIT_BYTES_PER_S
+        return self._ask(request, Committed, timeout_s=timeout_s).committed_bytes
 
     def decommit(self, name: str, ranges: Iterable[Range], epoch: int) -> int:
         """Returns the device's committed bytes after."""
