@@ -34,7 +34,7 @@ bench: $(STAMP)
 # What needs a GPU, in one command (docs/cuda.md). Installs nothing: the machine may have no network. Without a GPU it
 # says so and is content.
 gpu-check:
-	PYTHONPATH=src $(GPU_PYTHON) -m bench.gpu_check $(GPU_CHECK)
+	PYTHONPATH=src:$$PYTHONPATH $(GPU_PYTHON) -m bench.gpu_check $(GPU_CHECK)
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -300,6 +300,11 @@ class EngineConfig:
         return parse_device(self.devices[0]).page_bytes
 
     @property
+    def gpus(self) -> tuple[int, ...]:
+        """The indices of the GPUs that the devices are on."""
+        return tuple(sorted({d.index for d in map(parse_device, self.devices) if d.kind == "cuda"}))
+
+    @property
     def slot_bytes(self) -> int:
         """Room for the largest all-reduce, one step's hidden states in float32; larger gathers go in pieces."""
         return self.max_batch_tokens * self.model.hidden_size * 4

@@ -38,6 +38,7 @@ AUTO = {
 def test_collectives_and_pages_follow_the_devices(resolve, devices):
     config = resolve(*devices, device_memory_bytes=MIB)
     assert (config.collectives, config.page_bytes) == AUTO[devices]
+    assert config.gpus == {"nccl": (0, 1), "peer": (0, 1), "shm": ()}[config.collectives]
 
 
 def test_slots_of_collectives_are_whole_pages_for_two_tensors(resolve):

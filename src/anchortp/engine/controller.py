@@ -329,6 +329,7 @@ class ElasticEngine:
         self._processes = WorkerPool(
             runtime_dir=self.config.runtime_dir,
             num_spares=self.config.num_spares,
+            gpus=self.config.gpus,
             watch=self._watch,
             unwatch=self._unwatch,
             on_message=self._on_worker_message,

@@ -23,7 +23,7 @@ import torch
 from anchortp.arena import MemfdArena
 from anchortp.comm import Group, ShmRegion
 from anchortp.config import load_model_config
-from anchortp.devices import parse_device
+from anchortp.devices import Device, parse_device
 from anchortp.engine import messages as m
 from anchortp.engine.accelerator import GROUPS, Accelerator
 from anchortp.engine.device_errors import verdict_of
@@ -75,11 +75,13 @@ ANCHOR_TIMEOUT_S = 5.0  # shorter than the controller waits for a worker to leav
 EXPERT_LOAD_EVERY_S = 1.0
 
 
-def worker_main(sock: socket.socket) -> None:
-    """[worker] Serves one controller until it says Stop or is gone."""
+def worker_main(sock: socket.socket, gpus: Sequence[int] = ()) -> None:
+    """[worker] Serves one controller until it says Stop or is gone. `gpus`: where to be warm before it is ready."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     channel = Channel(sock, m.ToWorker)
+    for index in gpus:
+        _warm_up_gpu(index)
     channel.send(m.SpareReady(pid=os.getpid()))
     with contextlib.suppress(ChannelClosed):
         worker = Worker(channel)
@@ -91,8 +93,20 @@ def worker_main(sock: socket.socket) -> None:
             raise
 
 
+def _warm_up_gpu(index: int) -> None:
+    """A context, and the libraries of the first kernels, on one of the GPUs that this spare may be sent to."""
+    try:
+        accelerator = Accelerator.of(Device(kind="cuda", index=index))
+        with accelerator.placing():
+            warm_up()
+        accelerator.synchronize()
+    except Exception:
+        # A GPU that is lost must not cost the others their spares. If it is not, its worker finds out as it attaches.
+        traceback.print_exc()
+
+
 def warm_up() -> None:
-    """[zygote] Touches what the first step would otherwise pay for: kernels, and torch's lazy tables."""
+    """[zygote, spare] Touches what the first step would otherwise pay for: kernels, and torch's lazy tables."""
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             x, w = torch.ones(8, 64, dtype=dtype), torch.ones(64, 64, dtype=dtype)
