@@ -7,7 +7,9 @@ import signal
 import pytest
 
 from anchortp.engine.faults import Strike
+from anchortp.errors import ConfigError
 from tests.procs.engine_tools import kill_process, nothing_left, prompt_of, running_engine
+from tests.procs.test_engine_changes import change, members
 from tests.tiny_model import write_model
 
 
@@ -74,3 +76,19 @@ def test_an_engine_attaches_to_chunks_that_an_earlier_one_left(folder):
             (start,) = driver.wait_recovered(1)
             assert start["bytes"]["loaded"] == 0
             driver.submit(prompt_of(2), 20).check()
+
+
+def test_streams_go_on_while_devices_join_and_leave(folder):
+    """Chunks are committed under workers that compute, and taken back from them between two epochs."""
+    with running_engine(folder, 3, kind="sim:0/", collectives="peer") as driver:
+        streams = driver.speak(4, 300)
+        (joined,) = change(driver, add=("sim:0/3", "sim:1/0"))
+        (weighed,) = change(driver, speeds=(("sim:0/1", 3.0),))
+        (left,) = change(driver, remove=("sim:0/0", "sim:0/2"))
+        assert [e["outcome"] for e in (joined, weighed, left)] == ["serving"] * 3
+        driver.inject("sim:1/0", "lost")
+        for stream in streams:
+            stream.check()
+        assert members(driver) == {"sim:0/1", "sim:0/3"}
+        with pytest.raises(ConfigError, match="do not mix"):
+            change(driver, add=("cpu:0",))
