@@ -54,8 +54,11 @@ class PlanPolicy(StrEnum):
 
 
 class Collectives(StrEnum):
+    auto = "auto"
     shm = "shm"
     gloo = "gloo"
+    peer = "peer"
+    nccl = "nccl"
 
 
 @app.command()
@@ -86,7 +89,9 @@ def serve(
         list[str] | None, typer.Option(help="Relative speed of a device, as cpu:0=2.0; repeat. Widths follow.")
     ] = None,
     spares: Annotated[int, typer.Option(help="Warm processes that wait to replace a worker.", min=0)] = 1,
-    collectives: Collectives = Collectives.shm,
+    collectives: Annotated[
+        Collectives, typer.Option(help="auto: shm on the host; on GPUs nccl, or peer where devices share one.")
+    ] = Collectives.auto,
     plan_policy: Annotated[
         PlanPolicy, typer.Option(help="Who plans recoveries; cmm is the paper's. See `anchortp plan`.")
     ] = PlanPolicy.makespan,

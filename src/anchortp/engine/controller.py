@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from anchortp.comm import ShmRegion
-from anchortp.config import EngineConfig, check_device_names
+from anchortp.config import EngineConfig
+from anchortp.devices import check_engine_devices
 from anchortp.engine import messages as m
 from anchortp.engine.api import DeviceChange, EngineRequest, Sink, TokenOutput
 from anchortp.engine.balancer import ExpertBalancer, plan_of
@@ -162,7 +163,7 @@ class ElasticEngine:
         self._post(drop)
 
     def change_devices(self, change: DeviceChange) -> int:
-        check_device_names(change.add)
+        check_engine_devices(dict.fromkeys([*change.add, self.config.devices[0]]))
         named = [*change.add, *change.remove]
         if len(set(named)) != len(named) or not (named or change.speeds is not None):
             raise ConfigError("a change names at least one device to add or to remove, each once, or speeds.")
@@ -328,6 +329,7 @@ class ElasticEngine:
         self._processes = WorkerPool(
             runtime_dir=self.config.runtime_dir,
             num_spares=self.config.num_spares,
+            gpus=self.config.gpus,
             watch=self._watch,
             unwatch=self._unwatch,
             on_message=self._on_worker_message,
@@ -390,7 +392,7 @@ class ElasticEngine:
             self._plane.close(stop_anchors=not self._keep_anchors)
         if self._region is not None:
             self._region.close()
-        self._remove_gloo_stores()
+        self._remove_stores()
         self._selector.close()
         self._wake_in.close()
         self._wake_out.close()
@@ -612,7 +614,7 @@ class ElasticEngine:
             return
         if self._region is not None:
             self._region.close()
-        self._remove_gloo_stores()
+        self._remove_stores()
         self._ranks = command.layout.devices
         self._region = ShmRegion.create(command.epoch, len(self._ranks), self._slot_bytes())
         shards = [(shard.device, shard.as_dict()) for shard in command.layout.shards]
@@ -621,15 +623,14 @@ class ElasticEngine:
             order = m.FormGroup(epoch=command.epoch, shards=shards, parts=parts.get(device))
             self._send(device, order, fds=(self._region.fd,))
 
-    def _remove_gloo_stores(self) -> None:
+    def _remove_stores(self) -> None:
         """Of older epochs, and of an engine that was killed: a store must not exist before its group."""
-        if self.config.collectives == "gloo":
-            for store in Path(self.config.runtime_dir).glob("gloo-*"):
+        for kind in ("gloo", "nccl"):
+            for store in Path(self.config.runtime_dir).glob(f"{kind}-*"):
                 store.unlink(missing_ok=True)
 
     def _slot_bytes(self) -> int:
-        """Room for the largest all-reduce, one step's hidden states in float32; larger gathers go in pieces."""
-        return self.config.max_batch_tokens * self.config.model.hidden_size * 4
+        return self.config.slot_bytes
 
     def _write_record(self) -> None:
         """Manifests wait until nobody waits for the recovery any more: what they say is true in the meantime."""
