@@ -38,12 +38,14 @@ class DecodeGroup:
     `blocks`: int64 `[rows, blocks]`, the block tables up to the new token; a shorter one is filled up with the
     sequence's own first block, so that no sequence ever reads another's.
     `valid`: bool `[rows, num_keys]`, which of the gathered tokens are the sequence's; None if all are.
+    Whole blocks are attended to: keys that are not contiguous would be copied before they are multiplied, which
+    costs more than multiplying a few too many.
     """
 
     start: int
     stop: int
     blocks: Tensor
-    num_keys: int  # the longest context, the new token included
+    num_keys: int  # tokens in `blocks` of one sequence
     valid: Tensor | None
 
 
@@ -111,6 +113,11 @@ def _context(entry: BatchEntry) -> int:
     return entry.start + len(entry.token_ids)
 
 
+def _whole_blocks(entry: BatchEntry, block_size: int) -> int:
+    """Blocks that its context reaches into."""
+    return -(-_context(entry) // block_size)
+
+
 def _sort_key(entry: BatchEntry) -> tuple[bool, int]:
     prefill = len(entry.token_ids) > 1
     return (prefill, 0 if prefill else entry.start)
@@ -129,10 +136,11 @@ def _decode_groups(entries: Sequence[BatchEntry], block_size: int) -> Iterator[D
     groups: list[tuple[int, int]] = []
     stop = len(entries)
     while stop > 0:
-        start, longest, padding = stop - 1, _context(entries[stop - 1]), 0
+        start, num_keys = stop - 1, _whole_blocks(entries[stop - 1], block_size) * block_size
+        padding = num_keys - _context(entries[start])
         while start > 0:
-            padding += longest - _context(entries[start - 1])
-            if padding > MAX_PADDING_TOKENS or (stop - start + 1) * longest > MAX_GROUP_TOKENS:
+            padding += num_keys - _context(entries[start - 1])
+            if padding > MAX_PADDING_TOKENS or (stop - start + 1) * num_keys > MAX_GROUP_TOKENS:
                 break
             start -= 1
         groups.append((start, stop))
@@ -143,16 +151,16 @@ def _decode_groups(entries: Sequence[BatchEntry], block_size: int) -> Iterator[D
 
 def _decode_group(entries: Sequence[BatchEntry], start: int, block_size: int) -> DecodeGroup:
     lengths = [_context(entry) for entry in entries]
-    longest = max(lengths)
-    num_blocks = -(-longest // block_size)
+    num_blocks = max(_whole_blocks(entry, block_size) for entry in entries)
+    num_keys = num_blocks * block_size
     valid = None
-    if min(lengths) < longest:
-        valid = torch.arange(longest) < _int64(lengths).unsqueeze(1)
+    if min(lengths) < num_keys:
+        valid = torch.arange(num_keys) < _int64(lengths).unsqueeze(1)
     return DecodeGroup(
         start=start,
         stop=start + len(entries),
         blocks=_int64([_table(entry, num_blocks, block_size) for entry in entries]),
-        num_keys=longest,
+        num_keys=num_keys,
         valid=valid,
     )
 
@@ -160,7 +168,7 @@ def _decode_group(entries: Sequence[BatchEntry], start: int, block_size: int) ->
 def _prefill_chunks(entries: Sequence[BatchEntry], start: int, block_size: int) -> Iterator[PrefillChunk]:
     for entry in entries:
         stop, num_keys = start + len(entry.token_ids), _context(entry)
-        blocks = _int64([_table(entry, -(-num_keys // block_size), block_size)])
+        blocks = _int64([_table(entry, _whole_blocks(entry, block_size), block_size)])
         yield PrefillChunk(start=start, stop=stop, blocks=blocks, num_keys=num_keys)
         start = stop
 
@@ -168,7 +176,7 @@ def _prefill_chunks(entries: Sequence[BatchEntry], start: int, block_size: int) 
 def _table(entry: BatchEntry, num_blocks: int, block_size: int) -> list[int]:
     """The blocks in use, filled up to `num_blocks` with the first. Blocks beyond the context are not the
     sequence's yet: nothing has been written there."""
-    used = list(entry.block_ids[: -(-_context(entry) // block_size)])
+    used = list(entry.block_ids[: _whole_blocks(entry, block_size)])
     return used + used[:1] * (num_blocks - len(used))
 
 
