@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,6 +49,7 @@ class ModelConfig:
     max_position: int
     dtype: DType
     eos_token_ids: tuple[int, ...] = ()
+    packed_weights: bool = False  # weights lie in the arena as matmul kernels read them (`layout.units`)
 
     @property
     def q_heads_per_kv(self) -> int:
@@ -223,6 +224,7 @@ def resolve_engine_config(
     runtime_dir: str | Path,
     devices: tuple[str, ...],
     dtype: str = "auto",
+    weights: str = "auto",
     device_memory_bytes: int | None = None,
     max_model_len: int | None = None,
     kv_tokens: int | None = None,
@@ -235,11 +237,16 @@ def resolve_engine_config(
 ) -> EngineConfig:
     """Resolves what was left open from the model and this machine, and freezes it.
 
+    `weights`: "plain", or "auto", packed where that is known to be what the CPU's matmul reads fastest.
     `device_memory_bytes`: an equal share of 80 % of the memory that is free now. `max_model_len`: the model's,
     but at most 8192. `kv_tokens`: every sequence at full length. `kv_mirror`: "host" or "off"; `kv_mirror_bytes`:
     room for the whole KV cache, but at most a tenth of the free memory. Raises ConfigError.
     """
     model = load_model_config(model_folder, dtype)
+    if weights not in ("auto", "plain"):
+        raise ConfigError(f"weights is {weights!r}; choose 'auto' or 'plain'.")
+    if weights == "auto" and model.dtype == "bfloat16" and packs_bfloat16():
+        model = replace(model, packed_weights=True)
     for device in devices:
         kind, _, index = device.partition(":")
         if kind != "cpu" or not index.isdecimal():
@@ -270,6 +277,16 @@ def resolve_engine_config(
         threads_per_worker=max(1, cores // max(1, len(devices))),
         **more,
     )
+
+
+def packs_bfloat16() -> bool:
+    """Whether this CPU is one on which oneDNN's bfloat16 weights are known to come in the panels of `layout.units`."""
+    flags: set[str] = set()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("flags"):
+            flags = set(line.split())
+            break
+    return "avx512_bf16" in flags and "amx_bf16" not in flags
 
 
 def _mirror_slots(model: ModelConfig, kv_mirror: str, num_bytes: int | None, block_size: int, kv_blocks: int) -> int:

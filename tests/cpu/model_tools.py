@@ -10,7 +10,7 @@ import random
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -238,10 +238,16 @@ class TPGroup:
 
 
 def load_group(
-    folder: Path, layout: Layout | int = 1, *, block_size: int = 4, num_blocks: int = 64, dtype: str = "auto"
+    folder: Path,
+    layout: Layout | int = 1,
+    *,
+    block_size: int = 4,
+    num_blocks: int = 64,
+    dtype: str = "auto",
+    packed: bool = False,
 ) -> TPGroup:
     """A `TPGroup` over the model in `folder`; `layout` may be a number of devices with equal shards."""
-    units = model_units(load_model_config(folder, dtype))
+    units = model_units(replace(load_model_config(folder, dtype), packed_weights=packed))
     if isinstance(layout, int):
         layout = initial_layout(units, devices(layout))
     return TPGroup(folder, units, layout, block_size, num_blocks)

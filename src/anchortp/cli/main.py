@@ -39,6 +39,11 @@ class KVMirror(StrEnum):
     off = "off"
 
 
+class WeightsLayout(StrEnum):
+    auto = "auto"
+    plain = "plain"
+
+
 class Collectives(StrEnum):
     shm = "shm"
     gloo = "gloo"
@@ -52,6 +57,9 @@ def serve(
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    weights: Annotated[WeightsLayout, typer.Option(help="plain: not packed for this CPU's matmul.")] = (
+        WeightsLayout.auto
+    ),
     device_memory: DeviceMemory = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="Tokens that the KV cache holds.")] = None,
@@ -100,6 +108,7 @@ def serve(
             runtime_dir=runtime_dir,
         ),
         dtype=dtype,
+        weights=weights.value,
         device_memory_bytes=serving.parse_bytes(device_memory),
         max_model_len=max_model_len,
         kv_tokens=kv_tokens,

@@ -512,6 +512,7 @@ class ElasticEngine:
                 runtime_dir=config.runtime_dir,
                 model_folder=config.model_folder,
                 dtype=config.model.dtype,
+                packed_weights=config.model.packed_weights,
                 max_model_len=config.max_model_len,
                 max_batch_tokens=config.max_batch_tokens,
                 kv_block_size=config.kv_block_size,

@@ -28,6 +28,7 @@ class Assign(_Message):
     runtime_dir: str
     model_folder: str
     dtype: str
+    packed_weights: bool
     max_model_len: int
     max_batch_tokens: int
     kv_block_size: int

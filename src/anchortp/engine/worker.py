@@ -13,7 +13,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ from anchortp.layout import (
     model_units,
     shard_from_dict,
 )
-from anchortp.model import Decoder, ForwardBatch, KVCache, WeightViews
+from anchortp.model import Decoder, ForwardBatch, KVCache, WeightViews, check_weights, packed
 from anchortp.state.client import AnchorClient
 from anchortp.state.wire import Channel
 from anchortp.transfer.checkpoint import Checkpoint
@@ -75,6 +75,7 @@ def worker_main(sock: socket.socket) -> None:
 
 def warm_up() -> None:
     """[zygote] Touches what the first step would otherwise pay for: kernels, and torch's lazy tables."""
+    packed.warm_up()
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             x, w = torch.ones(8, 64, dtype=dtype), torch.ones(64, 64, dtype=dtype)
@@ -138,7 +139,7 @@ class Worker:
     def _attach(self, order: m.Assign) -> None:
         torch.set_num_threads(order.num_threads)
         # One Hugging Face folder, two dtypes: the order says which one the arenas hold.
-        config = load_model_config(order.model_folder, order.dtype)
+        config = replace(load_model_config(order.model_folder, order.dtype), packed_weights=order.packed_weights)
         units = model_units(config)
         anchor = _connect_anchor(order)
         anchor.lease(order.epoch)
@@ -202,6 +203,7 @@ class Worker:
         progress = _Progress(self._channel, order.epoch, total + order.fresh * a.units.replicated_bytes)
         try:
             if self._checkpoint is None:
+                check_weights(a.units)
                 self._checkpoint = Checkpoint.open(Path(a.order.model_folder), a.units)
             buffer = self._mapped(WEIGHTS_ARENA)
             num_bytes = 0

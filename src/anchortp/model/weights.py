@@ -7,13 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anchortp.layout import ReplicatedTensor, Shard, UnitTensor, WeightAddresses
+from anchortp.layout import ModelUnits, ReplicatedTensor, Shard, UnitTensor, WeightAddresses
+from anchortp.model.packed import check_panels, packed_matrix, take_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One layer, units in slot order. Every matrix has the hidden axis last: q, kv and gate_up are used as
-    `x @ W.T`, o and down, stored transposed, as `x @ W`."""
+    """One layer, units in slot order. Every matrix has the hidden axis last: q, kv and gate_up, which may be packed,
+    are used as `x @ W.T` (`packed.linear`), o and down, stored transposed, as `x @ W`."""
 
     input_norm: Tensor  # [hidden]
     post_norm: Tensor  # [hidden]
@@ -24,6 +25,12 @@ class LayerWeights:
     down: Tensor  # [blocks * mlp_block, hidden]
     q_norm: Tensor | None = None  # [head_dim], Qwen3
     k_norm: Tensor | None = None
+
+
+def check_weights(units: ModelUnits) -> None:
+    """Raises CheckpointError if torch cannot compute with weights as `units` packs them."""
+    if any(units.is_packed(tensor) for tensor in units.tensors):
+        check_panels(units.config.hidden_size)
 
 
 class WeightViews:
@@ -40,11 +47,25 @@ class WeightViews:
         self._tensors = {tensor.key: tensor for tensor in (*units.tensors, *units.replicated)}
         layered = [tensor.key for tensor in self._tensors.values() if tensor.per_layer]
         self.embed = self._view("embed")  # [vocabulary units * vocab_block, hidden]
-        self.lm_head = self.embed if units.config.tie_embeddings else self._view("lm_head")
+        self.lm_head = self._matrix("embed" if units.config.tie_embeddings else "lm_head")
         self.final_norm = self._view("final_norm")
         self.layers = tuple(
-            LayerWeights(**{key: self._view(key, layer) for key in layered}) for layer in range(units.config.num_layers)
+            LayerWeights(**{key: self._matrix(key, layer) for key in layered})
+            for layer in range(units.config.num_layers)
         )
+
+    def embedding(self, rows: Tensor) -> Tensor:
+        """`[n, hidden]`: the embeddings in local rows (int64 `[n]`), of which there must be some."""
+        embed = self._tensors["embed"]
+        if self._addresses.units.is_packed(embed):
+            return take_rows(self.embed, rows)
+        return self.embed.index_select(0, rows)
+
+    def _matrix(self, key: str, layer: int = 0) -> Tensor:
+        """As `_view`, for `packed.linear`: opaque if it is packed."""
+        view, tensor = self._view(key, layer), self._tensors[key]
+        packed = isinstance(tensor, UnitTensor) and self._addresses.units.is_packed(tensor)
+        return packed_matrix(view) if packed and view.shape[0] else view
 
     def _view(self, key: str, layer: int = 0) -> Tensor:
         units = self._addresses.units

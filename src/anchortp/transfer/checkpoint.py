@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from anchortp.errors import CheckpointError
-from anchortp.layout import ModelUnits, ReplicatedTensor, Source, UnitTensor
+from anchortp.layout import PANEL_ROWS, ModelUnits, ReplicatedTensor, Source, UnitTensor
 from anchortp.transfer.fingerprint import weight_files
 
 STORED_DTYPES = ("BF16", "F16", "F32")
@@ -64,9 +65,17 @@ class Checkpoint:
 
         `out`: `[num_units * rows, hidden]` of the model's dtype, contiguous; per unit its parts are stacked
         (kv: rows of k, then of v; gate_up: rows of gate, then of up), columns become rows, and what lies
-        beyond the end of the checkpoint's tensor becomes zeros.
+        beyond the end of the checkpoint's tensor becomes zeros. A packed tensor is packed after that.
         """
         assert out.shape == (num_units * tensor.rows, self.units.config.hidden_size), out.shape
+        if self.units.is_packed(tensor):
+            plain = torch.empty_like(out)
+            self._read_plain(tensor, layer, first_unit, num_units, plain)
+            _pack(plain, out)
+        else:
+            self._read_plain(tensor, layer, first_unit, num_units, out)
+
+    def _read_plain(self, tensor: UnitTensor, layer: int, first_unit: int, num_units: int, out: Tensor) -> None:
         blocks = out.view(num_units, tensor.rows, -1)
         first_row = 0
         for part in tensor.parts:
@@ -189,6 +198,15 @@ def _copy_rows(blocks: Tensor, source: Tensor) -> None:
     else:
         for block, rows in zip(blocks, source.split(blocks.shape[1]), strict=True):
             _transpose(block, rows.t())
+
+
+def _pack(plain: Tensor, out: Tensor) -> None:
+    """Writes `plain` `[rows, hidden]`, bfloat16, into `out`, of the same shape, in panels (`layout.units`)."""
+    num_pairs = plain.shape[1] // 2
+    sources = plain.view(torch.int32).view(-1, PANEL_ROWS, num_pairs)
+    panels = out.view(torch.int32).view(-1, num_pairs, PANEL_ROWS)
+    for source, panel in zip(sources, panels, strict=True):  # one by one: torch's fast transpose is for matrices
+        panel.copy_(source.t())
 
 
 def _transpose(out: Tensor, source: Tensor) -> None:
