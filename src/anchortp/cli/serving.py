@@ -62,7 +62,7 @@ def serve(options: ServeOptions, **engine_options: Any) -> None:
 
 
 def _load_while_starting(engine: Any, folder: Path) -> Any:
-    """The tokenizer's libraries take seconds to import: meanwhile the weights are loaded."""
+    """The tokenizer is read while the weights are loaded."""
     from anchortp.cli.progress import show_start
     from anchortp.server.tokenizer import load_tokenizer
 
@@ -181,7 +181,7 @@ def _log_to(path: Path | None) -> None:
     handler: logging.Handler = logging.StreamHandler() if path is None else logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(name)s: %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for noisy in ("httpx", "urllib3", "transformers"):
+    for noisy in ("httpx", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
