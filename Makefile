@@ -26,7 +26,9 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check src tests bench
 
 bench: $(STAMP)
-	$(BIN)/python -m bench.recovery $(BENCH)
+	$(BIN)/anchortp bench setup-vllm
+	$(BIN)/anchortp bench grid --output bench-results $(BENCH)
+	$(BIN)/anchortp bench report bench-results --output bench-results
 
 # Exit status 5: no test was collected. There are none yet: devices are CPU devices so far.
 gpu-check: $(STAMP)

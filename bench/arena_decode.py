@@ -16,7 +16,7 @@ from anchortp.arena import MemfdArena
 from anchortp.cli.serving import resolve_folder
 from anchortp.config import load_model_config
 from anchortp.engine.scheduler import ScheduledSeq
-from anchortp.layout import FAMILIES, KVAddresses, WeightAddresses, initial_layout, model_units
+from anchortp.layout import KVAddresses, WeightAddresses, initial_layout, model_units
 from anchortp.model import Decoder, ForwardBatch, KVCache, WeightViews
 from anchortp.transfer.checkpoint import Checkpoint
 from anchortp.transfer.loader import load_replicated, load_units
@@ -86,7 +86,7 @@ def make_decoder(folder: Path, options: argparse.Namespace, kind: str) -> Decode
         buffer = torch.empty(addresses.reserved_bytes, dtype=torch.uint8)
     checkpoint = Checkpoint.open(folder, units)
     load_replicated(checkpoint, buffer, addresses)
-    load_units(checkpoint, buffer, addresses, [(f, u, u) for f in FAMILIES for u in range(units.num_units[f])])
+    load_units(checkpoint, buffer, addresses, [(f, u, u) for f in units.families for u in range(units.num_units[f])])
     blocks = options.batch * blocks_per_sequence(options)
     kv = KVAddresses(config=config, block_size=BLOCK, num_blocks=blocks)
     cache = torch.zeros(kv.reserved_bytes, dtype=torch.uint8)

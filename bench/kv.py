@@ -37,8 +37,8 @@ from anchortp.cli.serving import resolve_folder
 from anchortp.config import load_model_config
 from anchortp.state.client import AnchorClient
 from bench.common import conditions, console, finish, spread
+from bench.eviction import eviction
 from bench.recovery import kill_everything
-from bench.sharegpt import eviction
 
 START_TIMEOUT_S = 300.0
 VICTIM = "cpu:0"  # at 4 devices and 3 KV heads, the only holder of KV head 0

@@ -29,7 +29,7 @@ import msgspec
 from rich.table import Table
 
 from anchortp.cli.serving import resolve_folder
-from anchortp.config import ModelConfig, load_model_config, packs_bfloat16
+from anchortp.config import ModelConfig, load_model_config, reads_panels
 from anchortp.engine import messages as m
 from anchortp.engine.api import EngineRequest, SampledToken, SamplingParams
 from anchortp.engine.blocks import BlockPool
@@ -94,7 +94,7 @@ def main() -> None:
         "options": {k: str(v) for k, v in vars(options).items()},
         "conditions": in_child(conditions),
         "machine": machine,
-        "packed_weights": config.packed_weights,
+        "panels": config.panels,
         "around_step_s": around(config, max(map(int, options.batch.split(",")))),
         "cases": [],
     }
@@ -112,8 +112,8 @@ def main() -> None:
 
 def served_config(folder: Path, weights: str) -> ModelConfig:
     config = load_model_config(folder)
-    packed = weights == "auto" and config.dtype == "bfloat16" and packs_bfloat16()
-    return replace(config, packed_weights=packed)
+    panels = weights == "auto" and config.dtype == "bfloat16" and reads_panels()
+    return replace(config, panels=panels)
 
 
 # ----------------------------------------------------------------------------------------------------- one case

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from anchortp.config import load_model_config, parse_model_config
 from anchortp.engine.scheduler import ScheduledSeq
-from anchortp.layout import FAMILIES, KVAddresses, WeightAddresses, initial_layout, model_units
+from anchortp.layout import KVAddresses, WeightAddresses, initial_layout, model_units
 from anchortp.model import Decoder, ForwardBatch, KVCache, WeightViews
 from anchortp.transfer.checkpoint import Checkpoint
 from anchortp.transfer.loader import load_replicated, load_units
@@ -39,19 +39,11 @@ def write_model(folder: Path, seed: int = 0, **changes) -> Path:
     units = model_units(parse_model_config(raw))
     generator = torch.Generator().manual_seed(seed)
     c = units.config
-    rows = {"attention": c.num_q_heads * c.head_dim, "kv": c.num_kv_heads * c.head_dim, "mlp": c.mlp_width}
-    rows["vocab"] = c.vocab_size
     tensors = {}
-    for tensor in units.tensors:
-        for part in tensor.parts:
-            shape = (rows[tensor.family], c.hidden_size)
-            for layer in range(units.num_copies(tensor)):
-                value = torch.randn(shape if part.axis == 0 else shape[::-1], generator=generator) * 0.2
-                tensors[part.name.format(layer=layer)] = value.to(getattr(torch, c.dtype))
-    for tensor in units.replicated:
-        for layer in range(units.num_copies(tensor)):
-            value = 1 + 0.1 * torch.randn(tensor.shape, generator=generator)
-            tensors[tensor.name.format(layer=layer)] = value.to(getattr(torch, c.dtype))
+    for name, shape in units.stored_tensors():
+        noise = torch.randn(shape, generator=generator)
+        value = 1 + 0.1 * noise if len(shape) == 1 else 0.2 * noise  # norms are vectors, all others matrices
+        tensors[name] = value.to(getattr(torch, c.dtype))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(raw))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -71,7 +63,7 @@ class Oracle:
         buffer = torch.zeros(addresses.reserved_bytes, dtype=torch.uint8)
         checkpoint = Checkpoint.open(folder, units)
         load_replicated(checkpoint, buffer, addresses)
-        everything = [(f, unit, unit) for f in FAMILIES for unit in range(units.num_units[f])]
+        everything = [(f, unit, unit) for f in units.families for unit in range(units.num_units[f])]
         load_units(checkpoint, buffer, addresses, everything)
         self._block_size = 16
         kv = KVAddresses(config=config, block_size=self._block_size, num_blocks=64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,8 +15,24 @@ from anchortp.errors import ConfigError, UnsupportedModel
 DType = Literal["bfloat16", "float32"]
 DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4}
 
-# Hugging Face `model_type` -> whether q and k are normalised per head (Qwen3).
-ARCHITECTURES: dict[str, bool] = {"llama": False, "qwen3": True}
+ExpertCut = Literal["experts", "columns"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """What a Hugging Face `model_type` says beyond the numbers in config.json."""
+
+    qk_norm: bool = False  # q and k are normalised per head
+    is_moe: bool = False
+    rope_theta: float = 10000.0  # where config.json names none
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "llama": Architecture(),
+    "qwen3": Architecture(qk_norm=True),
+    "mixtral": Architecture(is_moe=True, rope_theta=1e6),
+    "qwen3_moe": Architecture(qk_norm=True, is_moe=True),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +48,26 @@ class RopeConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MoEConfig:
+    """The experts that every layer has in place of an MLP; each token takes `top_k` of them.
+
+    `width`: columns of one expert. `normalise`: the weights of a token's experts are scaled to sum to 1.
+    `cut`: what a device holds: whole experts, or some columns of every expert (a choice of serving, as the dtype).
+    """
+
+    num_experts: int
+    top_k: int
+    width: int
+    normalise: bool
+    cut: ExpertCut = "experts"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """The shape of a dense decoder. Widths in elements; `dtype` is that of weights and KV cache."""
+    """The shape of a decoder. Widths in elements; `dtype` is that of weights and KV cache.
+
+    `moe` is None for dense models, and `mlp_width` 0 for the others.
+    """
 
     architecture: str
     num_layers: int
@@ -49,21 +84,27 @@ class ModelConfig:
     max_position: int
     dtype: DType
     eos_token_ids: tuple[int, ...] = ()
-    packed_weights: bool = False  # weights lie in the arena as matmul kernels read them (`layout.units`)
+    moe: MoEConfig | None = None
+    panels: bool = False  # column-parallel weights lie in the arena in panels (`layout.units`)
 
     @property
     def q_heads_per_kv(self) -> int:
         return self.num_q_heads // self.num_kv_heads
 
     @property
+    def expert_cut(self) -> ExpertCut:
+        return self.moe.cut if self.moe else "experts"
+
+    @property
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
 
 
-def load_model_config(folder: str | Path, dtype: str = "auto") -> ModelConfig:
+def load_model_config(folder: str | Path, dtype: str = "auto", expert_cut: str = "experts") -> ModelConfig:
     """Reads `config.json` (and `generation_config.json`, for the end-of-text tokens) of a Hugging Face folder.
 
-    `dtype="auto"` keeps the checkpoint's, with float16 served as bfloat16.
+    `dtype="auto"` keeps the checkpoint's, with float16 served as bfloat16. `expert_cut`: see `MoEConfig.cut`; it
+    changes nothing for dense models.
     Raises ConfigError (no such folder, broken JSON, missing fields) and UnsupportedModel.
     """
     path = Path(folder) / "config.json"
@@ -73,15 +114,16 @@ def load_model_config(folder: str | Path, dtype: str = "auto") -> ModelConfig:
         eos = _read_json(generation, "Remove it or repair it.").get("eos_token_id")
         if eos is not None:
             raw = {**raw, "eos_token_id": eos}
-    return parse_model_config(raw, dtype)
+    return parse_model_config(raw, dtype, expert_cut)
 
 
-def parse_model_config(raw: dict[str, Any], dtype: str = "auto") -> ModelConfig:
+def parse_model_config(raw: dict[str, Any], dtype: str = "auto", expert_cut: str = "experts") -> ModelConfig:
     """As `load_model_config`, from the parsed JSON."""
     kind = raw.get("model_type")
     if kind not in ARCHITECTURES:
         raise UnsupportedModel(f"model_type {kind!r} is not supported; these are: {', '.join(sorted(ARCHITECTURES))}.")
     _refuse_unsupported(raw)
+    architecture = ARCHITECTURES[kind]
     try:
         hidden, q_heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
         config = ModelConfig(
@@ -91,15 +133,16 @@ def parse_model_config(raw: dict[str, Any], dtype: str = "auto") -> ModelConfig:
             num_q_heads=q_heads,
             num_kv_heads=int(raw.get("num_key_value_heads") or q_heads),
             head_dim=int(raw.get("head_dim") or hidden // q_heads),
-            mlp_width=int(raw["intermediate_size"]),
+            mlp_width=0 if architecture.is_moe else int(raw["intermediate_size"]),
             vocab_size=int(raw["vocab_size"]),
             tie_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qk_norm=ARCHITECTURES[kind],
+            qk_norm=architecture.qk_norm,
             rms_eps=float(raw.get("rms_norm_eps", 1e-6)),
-            rope=_parse_rope(raw),
+            rope=_parse_rope(raw, architecture.rope_theta),
             max_position=int(raw.get("max_position_embeddings", 2048)),
             dtype=_resolve_dtype(dtype, raw),
             eos_token_ids=_as_tuple(raw.get("eos_token_id")),
+            moe=_parse_moe(raw, expert_cut) if architecture.is_moe else None,
         )
     except KeyError as error:
         raise ConfigError(f"config.json lacks {error.args[0]!r}; it must describe a {kind} model.") from None
@@ -129,18 +172,42 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
         raise UnsupportedModel(f"hidden_act {raw['hidden_act']!r} is not supported; only 'silu' is.")
     if raw.get("use_sliding_window") and raw.get("sliding_window"):
         raise UnsupportedModel("sliding-window attention is not supported.")
+    # Mixtral has no `use_sliding_window`: there a window is used wherever one is given.
+    window = raw.get("sliding_window") if raw.get("model_type") == "mixtral" else None
+    if window is not None and window < raw.get("max_position_embeddings", 2048):
+        raise UnsupportedModel(f"sliding-window attention is not supported (sliding_window is {window}).")
+    if raw.get("mlp_only_layers") or raw.get("decoder_sparse_step", 1) != 1:
+        raise UnsupportedModel(
+            "layers without experts between layers with experts are not supported "
+            "(mlp_only_layers must be empty and decoder_sparse_step 1)."
+        )
     if raw.get("quantization_config"):
         raise UnsupportedModel("quantised checkpoints are not supported; convert to bfloat16 first.")
 
 
-def _parse_rope(raw: dict[str, Any]) -> RopeConfig:
+def _parse_moe(raw: dict[str, Any], cut: str) -> MoEConfig:
+    if cut not in ("experts", "columns"):
+        raise ConfigError(f"expert_cut is {cut!r}; choose 'experts' or 'columns'.")
+    mixtral = raw["model_type"] == "mixtral"
+    # transformers 5 writes `num_local_experts` for Qwen3-MoE too.
+    experts = "num_local_experts" if mixtral or "num_experts" not in raw else "num_experts"
+    return MoEConfig(
+        num_experts=int(raw[experts]),
+        top_k=int(raw["num_experts_per_tok"]),
+        width=int(raw["intermediate_size" if mixtral else "moe_intermediate_size"]),
+        normalise=mixtral or bool(raw.get("norm_topk_prob", False)),
+        cut=cut,  # type: ignore[arg-type]
+    )
+
+
+def _parse_rope(raw: dict[str, Any], default_theta: float) -> RopeConfig:
     # transformers 5 writes `rope_parameters`; before it, `rope_theta` stood beside `rope_scaling`.
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ("default", "linear", "llama3"):
         raise UnsupportedModel(f"rope type {kind!r} is not supported; default, linear and llama3 are.")
     return RopeConfig(
-        theta=float(rope.get("rope_theta") or raw.get("rope_theta") or 10000.0),
+        theta=float(rope.get("rope_theta") or raw.get("rope_theta") or default_theta),
         kind=kind,
         factor=float(rope.get("factor", 1.0)),
         low_freq_factor=float(rope.get("low_freq_factor", 1.0)),
@@ -171,12 +238,21 @@ def _check_shape(config: ModelConfig) -> None:
         "num_attention_heads": config.num_q_heads,
         "num_key_value_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
-        "intermediate_size": config.mlp_width,
         "vocab_size": config.vocab_size,
     }
+    if config.moe is None:
+        sizes["intermediate_size"] = config.mlp_width
+    else:
+        sizes["number of experts"] = config.moe.num_experts
+        sizes["num_experts_per_tok"] = config.moe.top_k
+        sizes["width of an expert"] = config.moe.width
     for name, value in sizes.items():
         if value < 1:
             raise ConfigError(f"config.json: {name} is {value}; it must be at least 1.")
+    if config.moe is not None and config.moe.top_k > config.moe.num_experts:
+        raise ConfigError(
+            f"config.json: num_experts_per_tok is {config.moe.top_k}, but there are {config.moe.num_experts} experts."
+        )
     if config.num_q_heads % config.num_kv_heads:
         raise ConfigError(
             f"config.json: {config.num_q_heads} attention heads are not a multiple of "
@@ -208,8 +284,13 @@ class EngineConfig:
     num_spares: int = 1
     threads_per_worker: int = 1
     collectives: Literal["shm", "gloo"] = "shm"
+    plan_policy: Literal["makespan", "units", "cmm", "greedy"] = "makespan"
+    eplb: bool = True  # of a mixture of experts: replicate hot ones where memory allows
+    eplb_interval_s: float = 10.0
+    pipelined_load: bool = True  # a layer computes when its weights are there
     speeds: tuple[tuple[str, float], ...] = ()
     min_step_deadline_s: float = 2.0
+    packed_folder: str = ""  # where row-parallel weights are kept as rows (`transfer.packed`); "": nowhere
     kv_mirror_slots: int = 0  # blocks, with all KV heads, that the host's mirror holds; 0: no mirror
 
     @property
@@ -225,6 +306,7 @@ def resolve_engine_config(
     devices: tuple[str, ...],
     dtype: str = "auto",
     weights: str = "auto",
+    expert_cut: str = "experts",
     device_memory_bytes: int | None = None,
     max_model_len: int | None = None,
     kv_tokens: int | None = None,
@@ -240,17 +322,15 @@ def resolve_engine_config(
     `weights`: "plain", or "auto", packed where that is known to be what the CPU's matmul reads fastest.
     `device_memory_bytes`: an equal share of 80 % of the memory that is free now. `max_model_len`: the model's,
     but at most 8192. `kv_tokens`: every sequence at full length. `kv_mirror`: "host" or "off"; `kv_mirror_bytes`:
-    room for the whole KV cache, but at most a tenth of the free memory. Raises ConfigError.
+    room for the whole KV cache, but at most a tenth of the free memory. `expert_cut`: see `MoEConfig.cut`.
+    Raises ConfigError.
     """
-    model = load_model_config(model_folder, dtype)
+    model = load_model_config(model_folder, dtype, expert_cut)
     if weights not in ("auto", "plain"):
         raise ConfigError(f"weights is {weights!r}; choose 'auto' or 'plain'.")
-    if weights == "auto" and model.dtype == "bfloat16" and packs_bfloat16():
-        model = replace(model, packed_weights=True)
-    for device in devices:
-        kind, _, index = device.partition(":")
-        if kind != "cpu" or not index.isdecimal():
-            raise ConfigError(f"device {device!r}: only CPU devices (cpu:0, cpu:1, ...) are supported.")
+    if weights == "auto" and model.dtype == "bfloat16" and reads_panels():
+        model = replace(model, panels=True)
+    check_device_names(devices)
     max_model_len = max_model_len or min(model.max_position, 8192)
     if not 2 <= max_model_len <= model.max_position:
         raise ConfigError(f"max_model_len is {max_model_len}; this model takes from 2 to {model.max_position} tokens.")
@@ -279,7 +359,7 @@ def resolve_engine_config(
     )
 
 
-def packs_bfloat16() -> bool:
+def reads_panels() -> bool:
     """Whether this CPU is one on which oneDNN's bfloat16 weights are known to come in the panels of `layout.units`."""
     flags: set[str] = set()
     for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
@@ -287,6 +367,14 @@ def packs_bfloat16() -> bool:
             flags = set(line.split())
             break
     return "avx512_bf16" in flags and "amx_bf16" not in flags
+
+
+def check_device_names(devices: Iterable[str]) -> None:
+    """Raises ConfigError."""
+    for device in devices:
+        kind, _, index = device.partition(":")
+        if kind != "cpu" or not index.isdecimal():
+            raise ConfigError(f"device {device!r}: only CPU devices (cpu:0, cpu:1, ...) are supported.")
 
 
 def _mirror_slots(model: ModelConfig, kv_mirror: str, num_bytes: int | None, block_size: int, kv_blocks: int) -> int:
@@ -311,6 +399,12 @@ def _available_bytes() -> int:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     raise ConfigError("/proc/meminfo does not say how much memory is available; give --device-memory.")
+
+
+def cache_folder() -> Path:
+    """Where models, data and environments fetched by this project are kept: outside of any checkout."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("ANCHORTP_CACHE") or Path(base, "anchortp"))
 
 
 def default_runtime_dir() -> Path:

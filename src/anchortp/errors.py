@@ -9,6 +9,7 @@ AnchorTPError
 │   └── RequestError            a request that can never be served (also: too long)
 ├── CapacityError             the numbers do not fit
 │   ├── BudgetExceeded          a device's memory budget; carries the numbers
+│   │   └── DeviceFull            the device itself has less memory than its budget says
 │   ├── DoesNotFit              no layout fits the devices that are left; carries the numbers
 │   └── EngineFull              too many requests are waiting; try again later
 ├── StateError                the state plane
@@ -29,6 +30,15 @@ AnchorTPError
 """
 
 from __future__ import annotations
+
+
+def in_words(num_bytes: int) -> str:
+    """`140.6 GB (140,633,518,080 bytes)`: to be grasped, and to be compared."""
+    exact = f"{num_bytes:,} bytes"
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= scale:
+            return f"{num_bytes / scale:.1f} {unit} ({exact})"
+    return exact
 
 
 class AnchorTPError(Exception):
@@ -68,8 +78,20 @@ class BudgetExceeded(CapacityError):
         self.committed_bytes = committed_bytes
         self.budget_bytes = budget_bytes
         super().__init__(
-            f"{device}: {requested_bytes} bytes more do not fit: {committed_bytes} of {budget_bytes} bytes are "
-            f"in use. Give the device a larger budget, use more devices, or keep less KV cache."
+            f"{device}: {in_words(requested_bytes)} more do not fit: {in_words(committed_bytes)} of "
+            f"{in_words(budget_bytes)} are in use. "
+            f"Give the device a larger budget, use more devices, or keep less KV cache."
+        )
+
+
+class DeviceFull(BudgetExceeded):
+    """The budget would allow it, but the hardware has no more: others use it too. All sizes in bytes."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.device}: the GPU has no room for {self.requested_bytes} bytes more, though only "
+            f"{self.committed_bytes} of the budget of {self.budget_bytes} bytes are in use. End what else uses the "
+            f"GPU, or start the anchors of its devices with smaller budgets."
         )
 
 

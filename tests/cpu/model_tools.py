@@ -20,7 +20,8 @@ from torch import Tensor
 from anchortp.config import load_model_config
 from anchortp.layout import (
     ATTENTION,
-    FAMILIES,
+    EVERY_FAMILY,
+    EXPERT,
     KV,
     KVAddresses,
     Layout,
@@ -56,6 +57,19 @@ KINDS: dict[str, tuple[str, dict]] = {
     "qwen3": ("qwen3", {"head_dim": 16, "num_attention_heads": 8, "num_key_value_heads": 2}),
     "qwen3-tied": ("qwen3", {"head_dim": 8, "num_key_value_heads": 1, "tie_word_embeddings": True}),
 }
+MOE_KINDS: dict[str, tuple[str, dict]] = {
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 32}),
+    "mixtral-one": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "tie_word_embeddings": True}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {"num_experts": 10, "num_experts_per_tok": 3, "moe_intermediate_size": 16, "head_dim": 16}
+        | {"norm_topk_prob": True},
+    ),
+    "qwen3-moe-raw": (
+        "qwen3_moe",
+        {"num_experts": 6, "num_experts_per_tok": 4, "moe_intermediate_size": 24, "norm_topk_prob": False},
+    ),
+}
 BASE_SHAPE = {
     "hidden_size": 48,
     "intermediate_size": 96,
@@ -80,12 +94,22 @@ class Entry:
 
 
 def make_tiny_model(
-    folder: Path, kind: str, *, seed: int = 0, max_shard_size: str = "50GB", dtype: str = "float32", **shape
+    folder: Path,
+    kind: str,
+    *,
+    seed: int = 0,
+    max_shard_size: str = "50GB",
+    dtype: str = "float32",
+    original_format: bool = True,
+    **shape,
 ) -> Path:
-    """Saves a random model of `kind` (see KINDS; `shape` overrides config fields) with transformers."""
+    """Saves a random model of `kind` (see KINDS; `shape` overrides config fields) with transformers.
+
+    `original_format`: of experts; False: fused, as transformers has them in memory.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    model_type, changes = KINDS[kind]
+    model_type, changes = (KINDS | MOE_KINDS)[kind]
     config = AutoConfig.for_model(model_type, **{**BASE_SHAPE, **changes, **shape})
     generator = torch.Generator().manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config)
@@ -95,7 +119,9 @@ def make_tiny_model(
                 parameter.uniform_(0.5, 1.5, generator=generator)
             else:
                 parameter.normal_(0.0, 0.15, generator=generator)
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    model.to(getattr(torch, dtype)).save_pretrained(
+        folder, max_shard_size=max_shard_size, save_original_format=original_format
+    )
     return folder
 
 
@@ -162,7 +188,7 @@ def nan_buffer(num_bytes: int) -> Tensor:
 
 
 def shard_items(shard: Shard) -> list[Item]:
-    return [(family, unit, slot) for family in FAMILIES for slot, unit in enumerate(shard[family])]
+    return [(family, unit, slot) for family in EVERY_FAMILY for slot, unit in enumerate(shard[family])]
 
 
 class TPGroup:
@@ -244,10 +270,11 @@ def load_group(
     block_size: int = 4,
     num_blocks: int = 64,
     dtype: str = "auto",
-    packed: bool = False,
+    expert_cut: str = "experts",
+    panels: bool = False,
 ) -> TPGroup:
     """A `TPGroup` over the model in `folder`; `layout` may be a number of devices with equal shards."""
-    units = model_units(replace(load_model_config(folder, dtype), packed_weights=packed))
+    units = model_units(replace(load_model_config(folder, dtype, expert_cut), panels=panels))
     if isinstance(layout, int):
         layout = initial_layout(units, devices(layout))
     return TPGroup(folder, units, layout, block_size, num_blocks)
@@ -257,20 +284,25 @@ def devices(num_devices: int) -> list[str]:
     return [f"cpu:{index}" for index in range(num_devices)]
 
 
-def random_layout(units: ModelUnits, num_devices: int, rng: random.Random) -> Layout:
-    """Every unit on a random device in a random slot; some devices get nothing of some families."""
-    held: dict[str, dict[str, list[int]]] = {d: {f: [] for f in FAMILIES} for d in devices(num_devices)}
-    for family in FAMILIES:
+def random_layout(units: ModelUnits, num_devices: int, rng: random.Random, num_replicas: int = 0) -> Layout:
+    """Every unit on a random device in a random slot; some devices get nothing of some families. `num_replicas`:
+    how often to try another copy of a random expert on a random device (where experts are units)."""
+    held: dict[str, dict[str, list[int]]] = {d: {f: [] for f in EVERY_FAMILY} for d in devices(num_devices)}
+    for family in units.families:
         if family == KV:
             continue
         takers = rng.sample(sorted(held), rng.randint(1, num_devices))
         for unit in rng.sample(range(units.num_units[family]), units.num_units[family]):
             held[rng.choice(takers)][family].append(unit)
+    for _ in range(num_replicas if EXPERT in units.families else 0):
+        experts, unit = held[rng.choice(sorted(held))][EXPERT], rng.randrange(units.num_units[EXPERT])
+        if unit not in experts:
+            experts.insert(rng.randint(0, len(experts)), unit)
     shards = []
     for device, slots in held.items():
         kv = sorted({units.kv_head_of(q) for q in slots[ATTENTION]})
         shard = empty_shard(device)
-        for family in FAMILIES:
+        for family in EVERY_FAMILY:
             units_here = rng.sample(kv, len(kv)) if family == KV else slots[family]
             shard = shard.appended(family, units_here)
         shards.append(shard)

@@ -1,162 +1,111 @@
-"""Weights in panels: the same logits bit for bit, in shards that grow in place."""
+"""Columns kept as rows: read back as the checkpoint gives them, believed only where they add up."""
 
 from __future__ import annotations
 
-import random
-from dataclasses import replace
-from pathlib import Path
+import os
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from anchortp.config import load_model_config, packs_bfloat16, resolve_engine_config
-from anchortp.errors import CheckpointError, ConfigError
-from anchortp.layout import (
-    FAMILIES,
-    PANEL_ROWS,
-    Layout,
-    WeightAddresses,
-    initial_layout,
-    model_units,
-)
-from anchortp.model import packed
-from anchortp.transfer.checkpoint import _pack
-from anchortp.transfer.fingerprint import fingerprint
-from tests.cpu.model_tools import (
-    TPGroup,
-    devices,
-    load_group,
-    make_tiny_model,
-    random_layout,
-    random_steps,
-    scrambled_tables,
-)
+from anchortp.layout import empty_shard, initial_layout
+from anchortp.transfer import sources, work
+from anchortp.transfer.executor import Loaded
+from anchortp.transfer.packed import PackedColumns, Packer, is_packed
+from anchortp.transfer.sources import HostSource
+from tests.cpu.transfer_tools import Bench
+from tests.tiny_model import write_model
 
-pytestmark = pytest.mark.skipif(not packs_bfloat16(), reason="no panels are known for this CPU")
-
-SHAPE = {
-    "hidden_size": 96,
-    "head_dim": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 256,
-    "vocab_size": 300,
-}
+SIZES = [(1 << 20, 4 << 20), (1000, 5000)]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("packed"), "llama-tied", dtype="bfloat16", **SHAPE)
+@pytest.fixture(params=SIZES, ids=["large", "small"])
+def bench(request, tmp_path, monkeypatch):
+    monkeypatch.setattr(work, "SEGMENT_BYTES", request.param[0])
+    monkeypatch.setattr(work, "CHUNK_BYTES", request.param[1])
+    bench = Bench(write_model(tmp_path / "model", dtype="bfloat16"))
+    yield bench
+    bench.close()
 
 
-@pytest.fixture(scope="module")
-def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_tiny_model(tmp_path_factory.mktemp("untied"), "qwen3", dtype="bfloat16", **SHAPE)
+@pytest.fixture
+def packed(bench, tmp_path):
+    packed = PackedColumns(tmp_path / "cache" / "columns", bench.geometry)
+    yield packed
+    packed.close()
 
 
-def outputs(group: TPGroup, seed: int) -> list[torch.Tensor]:
-    rng = random.Random(seed)
-    sequences = [[rng.randrange(SHAPE["vocab_size"]) for _ in range(length)] for length in (19, 4, 33)]
-    steps = random_steps(sequences, scrambled_tables(len(sequences), group, rng), rng, num_decode=3)
-    return [group.forward([entry for _, entry in step]) for step in steps]
+def shard_of(bench):
+    return initial_layout(bench.units, ["cpu:0"]).shards[0]
 
 
-def assert_same(first: list[torch.Tensor], second: list[torch.Tensor]) -> None:
-    assert len(first) == len(second)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+def fill(bench, packed):
+    packer = Packer(packed, bench.geometry, shard_of(bench), bench.fill("cpu:0", shard_of(bench)), pace=1.0)
+    packer.start()
+    packer.join()
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_packed_and_plain_weights_give_the_same_bits(folder: Path, untied: Path, seed: int) -> None:
-    model = (folder, untied)[seed % 2]
-    rng = random.Random(seed)
-    units = model_units(load_model_config(model))
-    layout = random_layout(units, seed + 1, rng) if seed else initial_layout(units, devices(1))
-    with load_group(model, layout) as plain, load_group(model, layout, packed=True) as in_panels:
-        assert any(weight.is_mkldnn for d in in_panels.decoders for weight in (d.weights.layers[0].q,))
-        assert_same(outputs(plain, seed), outputs(in_panels, seed))
+def reads(bench, packed):
+    """Per chunk of columns whether it came from the file; what came is compared with the arena."""
+    everything = work.complete(bench.geometry, "cpu:0", empty_shard("cpu:0"), shard_of(bench), [], False)
+    arena, found = bench.arena("cpu:0"), []
+    for chunk in bench.geometry.chunks(everything):
+        out = torch.zeros(chunk.num_bytes, dtype=torch.uint8)
+        came = packed.read(chunk, out)
+        assert came == (came and is_packed(chunk.region))
+        if is_packed(chunk.region):
+            found.append(came)
+        if came:
+            assert torch.equal(out, arena[chunk.start : chunk.stop])
+    return found
 
 
-def test_a_packed_shard_grows_in_place(folder: Path) -> None:
-    units = model_units(replace(load_model_config(folder), packed_weights=True))
-    before = initial_layout(units, devices(3))
-    addresses = WeightAddresses(units=units)
-    with load_group(folder, before, packed=True) as group:
-        outputs(group, 1)
-        held = {d: used_bytes(group, addresses, before, d) for d in before.devices[:2]}
-        shards, items = list(before.shards[:2]), {d: [] for d in before.devices[:2]}
-        for family in FAMILIES:
-            for index, unit in enumerate(sorted(set(before.shards[2][family]))):
-                taker = shards[index % 2]
-                if unit not in taker[family]:
-                    items[taker.device].append((family, unit, len(taker[family])))
-                    shards[index % 2] = taker.appended(family, [unit])
-        after = Layout(shards=tuple(shards))
-        group.rebind(after, items)
-        assert any(items.values())
-        for device, chunks in held.items():
-            now = used_bytes(group, addresses, before, device)
-            assert all(torch.equal(a, b) for a, b in zip(chunks, now, strict=True)), "a surviving byte has changed"
-        with load_group(folder, after) as plain:
-            assert_same(outputs(plain, 2), outputs(group, 2))
+def test_what_was_packed_is_read_back_and_the_rest_is_not_there(bench, packed):
+    assert not any(reads(bench, packed))
+    fill(bench, packed)
+    found = reads(bench, packed)
+    assert found and all(found)
 
 
-def used_bytes(group: TPGroup, addresses: WeightAddresses, layout: Layout, device: str) -> list[torch.Tensor]:
-    """Copies of the bytes of the slots that `device` has under `layout`."""
-    shard, buffer = layout[device], group.weights[device]
-    ranges = [r for family in FAMILIES for r in addresses.slot_ranges(family, 0, len(shard[family]))]
-    return [buffer[start:stop].clone() for start, stop in ranges]
+def test_another_process_sees_what_one_has_written(bench, packed, tmp_path):
+    other = PackedColumns(tmp_path / "cache" / "columns", bench.geometry)
+    fill(bench, packed)
+    assert all(reads(bench, other))
+    other.close()
 
 
-@given(panels=st.integers(1, 4), columns=st.integers(1, 5), seed=st.integers(0, 99))
-def test_rows_are_found_again(panels: int, columns: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    plain = torch.randn(panels * PANEL_ROWS, 32 * columns, generator=generator).bfloat16()
-    out = torch.empty_like(plain)
-    _pack(plain, out)
-    rows = torch.randint(plain.shape[0], (17,), generator=generator)
-    assert torch.equal(packed.take_rows(out, rows), plain[rows])
+def test_a_torn_segment_is_not_believed_and_the_load_reads_the_checkpoint(bench, packed, tmp_path):
+    fill(bench, packed)
+    with (tmp_path / "cache" / "columns").open("r+b") as file:
+        (byte,) = file.read(1)
+        file.seek(0)
+        file.write(bytes([byte ^ 1]))
+    found = reads(bench, packed)
+    assert found.count(False) == 1
+    assert found == reads(bench, packed), "it is missing from now on"
+    load, results = bench.load("cpu:1", shard_of(bench))
+    opened = load._hooks.open_source
+    object.__setattr__(load._hooks, "open_source", lambda name: with_packed(opened(name), packed))
+    load.start()
+    assert isinstance(results.get(timeout=30), Loaded)
+    load.cancel()
+    assert torch.equal(bench.arena("cpu:1"), bench.arena("cpu:0"))
 
 
-@given(
-    panels=st.integers(1, 30),
-    columns=st.integers(1, 40),
-    num_rows=st.sampled_from([1, 2, 16, 130]),
-    seed=st.integers(0),
-)
-def test_a_matrix_of_any_size_is_described_rightly(panels: int, columns: int, num_rows: int, seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed % 2**31)
-    plain = torch.randn(panels * PANEL_ROWS, 32 * columns, generator=generator).bfloat16()
-    x = torch.randn(num_rows, plain.shape[1], generator=generator).bfloat16()
-    panelled = torch.empty_like(plain)
-    _pack(plain, panelled)
-    found = packed.linear(x, packed.packed_matrix(panelled))
-    torch.testing.assert_close(found, packed.linear(x, plain), rtol=2e-2, atol=5e-2)
+def with_packed(source: HostSource, packed: PackedColumns) -> HostSource:
+    return sources.HostSource(source._checkpoint, packed)
 
 
-def test_a_torch_that_packs_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed.check_panels(96)
-    monkeypatch.setattr(packed, "PANEL_ROWS", 32)
-    with pytest.raises(CheckpointError, match="--weights plain"):
-        packed.check_panels(160)
+def test_a_file_that_was_cut_off_is_as_good_as_empty(bench, packed, tmp_path):
+    fill(bench, packed)
+    table_at = os.path.getsize(tmp_path / "cache" / "columns") - len(packed._map)
+    with open(tmp_path / "cache" / "columns", "r+b") as file:
+        file.write(bytes(table_at))
+    assert not any(reads(bench, packed))
 
 
-def test_what_is_packed_and_what_not(folder: Path, tmp_path: Path) -> None:
-    config = load_model_config(folder)
-    units = model_units(replace(config, packed_weights=True))
-    keys = {tensor.key for tensor in units.tensors if units.is_packed(tensor)}
-    assert keys == {"q", "kv", "gate_up", "embed"}
-    assert not any(model_units(config).is_packed(tensor) for tensor in units.tensors)
-    narrow = model_units(replace(config, packed_weights=True, hidden_size=80))
-    assert not any(narrow.is_packed(tensor) for tensor in narrow.tensors)
-    assert fingerprint(folder, config) != fingerprint(folder, units.config)
-
-    def resolved(**options: str) -> bool:
-        options = {"runtime_dir": str(tmp_path), **options}
-        return resolve_engine_config(folder, devices=("cpu:0",), **options).model.packed_weights
-
-    assert resolved() and not resolved(weights="plain") and not resolved(dtype="float32")
-    with pytest.raises(ConfigError, match="'auto' or 'plain'"):
-        resolved(weights="transposed")
+def test_stop_ends_the_packer(bench, packed):
+    buffer = bench.fill("cpu:0", shard_of(bench))
+    packer = Packer(packed, bench.geometry, shard_of(bench), buffer, pace=1e-6)
+    packer.start()
+    packer.stop()
+    assert not packer._thread.is_alive()

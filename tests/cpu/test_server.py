@@ -424,6 +424,19 @@ def test_completion_logprobs(start, tokenizer):
     assert [offset for part in parts for offset in part.text_offset] == whole.text_offset
 
 
+def test_token_ids_of_a_stream_are_those_of_the_answer(start, tokenizer):
+    asked = {"max_tokens": 5, "extra_body": {"return_token_ids": True}}
+    with start(saying(tokenizer, ANSWER)) as stack:
+        for ask, said in ((stack.complete, lambda c: c.text), (stack.chat, lambda c: c.delta.content)):
+            whole = ask(**asked).choices[0]
+            chunks = [chunk.choices[0] for chunk in ask(**asked, stream=True)]
+            assert whole.token_ids == list(tokenizer.encode(ANSWER)[:5])
+            told = [getattr(chunk, "token_ids", None) or [] for chunk in chunks]
+            assert [token_id for ids in told for token_id in ids] == whole.token_ids
+            assert all(bool(ids) == bool(said(chunk)) for ids, chunk in zip(told, chunks, strict=True))
+        assert "token_ids" not in stack.post("/v1/completions", prompt="say").text
+
+
 def test_logprobs_end_where_the_text_ends(start, tokenizer):
     with start(saying(tokenizer, "hello world END of it")) as stack:
         logprobs = stack.complete(logprobs=0, stop="END").choices[0].logprobs

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from anchortp.engine import messages as m
+from anchortp.engine import worker as worker_module
 from anchortp.engine.faults import FaultProbe, Strike, fired_strikes
 from anchortp.engine.worker import Worker
 from anchortp.errors import ChannelClosed, ChannelTimeout
@@ -76,3 +77,15 @@ def test_a_strike_fires_at_its_passage_and_once_per_runtime_directory(tmp_path):
     (fired,) = fired_strikes(tmp_path)
     assert fired["strike"] == "cpu:0 decode 3 crash"
     assert not FaultProbe(strikes, str(tmp_path), strike)
+
+
+def test_expert_load_goes_along_every_so_often(monkeypatch):
+    worker, _ = worker_of(Anchor())
+    now_s = 100.0
+    monkeypatch.setattr(worker_module.time, "monotonic", lambda: now_s)
+    taken = iter([b"first", b"second"])
+    decoder = SimpleNamespace(moe=SimpleNamespace(take_load=lambda: next(taken)))
+    assert [worker._expert_load(decoder) for _ in range(3)] == [b"first", b"", b""]
+    now_s += worker_module.EXPERT_LOAD_EVERY_S
+    assert [worker._expert_load(decoder) for _ in range(2)] == [b"second", b""]
+    assert worker._expert_load(SimpleNamespace(moe=None)) == b""

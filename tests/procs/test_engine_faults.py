@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from anchortp.engine.faults import Strike, fired_strikes
@@ -25,12 +27,19 @@ def folder(tmp_path_factory):
 def check_bytes(episodes, *, lost: tuple[str, ...] = ()):
     """Loaded is what was lost; what no device has lost is neither loaded nor copied."""
     assert sorted(device for e in episodes for device in e["devices_lost"]) == sorted(lost)
+    allowed, loaded, cut = 0, 0, False
     for episode in episodes:
         moved = episode["bytes"]
         assert moved["copied"] == moved["replicated"] == 0
-        assert moved["loaded"] == moved["lost"] + moved["replica"]
-        assert (moved["loaded"] > 0) == bool(episode["devices_lost"])
         assert episode["outcome"] == "serving"
+        allowed += moved["lost"] + moved["replica"]
+        loaded += moved["loaded"]
+        if episode["whole_after_s"] is None:
+            cut = True
+            continue  # the next fault came before the last weights: they are loaded in its episode
+        # What was on its way to a device that was then lost counts as lost twice, and is loaded once.
+        assert loaded == allowed if not cut else loaded <= allowed
+        allowed, loaded, cut = 0, 0, False
 
 
 def test_devices_lost_at_every_point_of_a_step(folder):
@@ -92,8 +101,11 @@ class Script:
 
     def check_second_fault_of_a_recovery(self):
         struck_s = fired_strikes(self.driver.runtime_dir)[-1]["at_s"]
-        episode = self.driver.wait_recovered(len(self.driver.episodes))[-1]
-        assert 0 < struck_s - episode["began_s"] < episode["seconds"]
+        episodes = self.driver.wait_recovered(len(self.driver.episodes))
+        # A group serves before its last weights have come: a fault between the two is an episode of its own.
+        assert any(
+            0 < struck_s - episode["began_s"] < (episode["whole_after_s"] or math.inf) for episode in episodes[-2:]
+        )
 
     def everywhere(self, *devices):
         at_attach, at_leave, at_form, at_load = devices

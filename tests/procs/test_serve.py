@@ -203,4 +203,4 @@ def test_a_server_that_cannot_serve_says_why_and_leaves_nothing(folder):
     with nothing_left() as runtime_dir:
         small = run("serve", folder, "--tp", 2, "--port", 0, "--runtime-dir", runtime_dir, "--device-memory", "64K")
         assert small.returncode == 2
-        assert "its budget is 65536 bytes" in small.stderr
+        assert "its budget is 65.5 kB (65,536 bytes)" in small.stderr

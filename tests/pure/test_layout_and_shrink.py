@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchortp.config import ModelConfig, RopeConfig
+from anchortp.config import ModelConfig, MoEConfig, RopeConfig
 from anchortp.errors import ConfigError, DoesNotFit
 from anchortp.layout import (
     ATTENTION,
-    FAMILIES,
+    EXPERT,
     KV,
     KVAddresses,
     Layout,
@@ -47,6 +47,11 @@ def make_config(kv_heads=3, group=3, hidden=48, mlp=96, vocab=250, layers=2, tie
     )
 
 
+def make_moe(kv_heads=3, group=3, layers=3, experts=8, width=48, cut="experts", **more):
+    moe = MoEConfig(num_experts=experts, top_k=1, width=width, normalise=True, cut=cut)
+    return make_config(kv_heads=kv_heads, group=group, layers=layers, mlp=0, moe=moe, **more)
+
+
 def devices(count):
     return tuple(f"cpu:{i}" for i in range(count))
 
@@ -58,6 +63,14 @@ models = st.builds(
     mlp=st.sampled_from([32, 48, 96, 100, 1536]),
     vocab=st.integers(30, 3000),
     tied=st.booleans(),
+) | st.builds(
+    make_moe,
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 4),
+    layers=st.integers(1, 4),
+    experts=st.integers(1, 9),
+    width=st.sampled_from([32, 48, 100]),
+    cut=st.sampled_from(["experts", "columns"]),
 )
 
 
@@ -67,9 +80,12 @@ def model_and_degree(draw):
     return units, draw(st.integers(1, units.config.num_q_heads))
 
 
-def spread(layout: Layout, family: str) -> int:
-    counts = [len(shard[family]) for shard in layout.shards]
-    return max(counts) - min(counts)
+def spread(units, layout: Layout, family: str) -> int:
+    """Most units minus fewest: of experts in the layer where that is worst."""
+    per_group = units.num_units[family] // units.num_groups(family)
+    held = [[unit // per_group for unit in shard[family]] for shard in layout.shards]
+    counts = [[groups.count(group) for groups in held] for group in range(units.num_groups(family))]
+    return max(max(each) - min(each) for each in counts)
 
 
 @given(model_and_degree())
@@ -77,9 +93,9 @@ def test_initial_layout_is_complete_and_even(case):
     units, degree = case
     layout = initial_layout(units, devices(degree))
     layout.check(units)
-    for family in FAMILIES:
+    for family in units.families:
         if family != KV:
-            assert spread(layout, family) <= 1
+            assert spread(units, layout, family) <= 1
     assert sum(len(s[KV]) for s in layout.shards) <= units.config.num_kv_heads + degree - 1
 
 
@@ -89,7 +105,7 @@ def test_initial_layout_follows_speeds(case, data):
     speeds = {d: data.draw(st.floats(0.2, 5.0)) for d in devices(degree)}
     layout = initial_layout(units, devices(degree), speeds)
     layout.check(units)
-    for family in (ATTENTION, "mlp", "vocab"):
+    for family in set(units.families) - {KV, EXPERT}:
         total = units.num_units[family]
         slowest = max(len(s[family]) / speeds[s.device] for s in layout.shards)
         # No single unit moved elsewhere would make the slowest device faster.
@@ -127,12 +143,12 @@ def test_any_sequence_of_losses(case, rng: random.Random):
         assert reference.apply(plan) == plan.after
         survivors = layout.without(lost)
         for shard in survivors.shards:
-            for family in FAMILIES:
+            for family in units.families:
                 kept = shard[family]
                 assert plan.after[shard.device][family][: len(kept)] == kept
         gone = sum(
             units.unit_bytes[family]
-            for family in FAMILIES
+            for family in units.families
             for unit in range(units.num_units[family])
             if not survivors.holders(family, unit)
         )
@@ -140,9 +156,10 @@ def test_any_sequence_of_losses(case, rng: random.Random):
         assert plan.copied_bytes == 0
         assert plan.loaded_bytes == gone + plan.replica_bytes
         assert plan.replica_bytes % units.unit_bytes[KV] == 0 and plan.replica_bytes >= 0
-        for family in FAMILIES:
+        for family in units.families:
             if family != KV:
-                assert spread(plan.after, family) <= 1
+                assert spread(units, plan.after, family) <= 1
+            if family not in (KV, EXPERT):
                 arrived = [len(plan.after[d][family]) - len(survivors[d][family]) for d in plan.after.devices]
                 assert max(arrived) - min(arrived) <= 2  # even links, as even as the widths were
         layout = plan.after
@@ -191,7 +208,7 @@ def test_weighted_shrink_minimises_the_slowest_device(case, data):
     plan = shrink_plan(units, layout, [lost], speeds)
     plan.after.check(units)
     survivors = layout.without([lost])
-    for family in (ATTENTION, "mlp", "vocab"):
+    for family in set(units.families) - {KV, EXPERT}:
         grown = [s for s in plan.after.shards if len(s[family]) > len(survivors[s.device][family])]
         if grown:
             worst = max(len(s[family]) / speeds[s.device] for s in grown)
@@ -214,6 +231,44 @@ def test_restart_of_a_half_done_recovery_counts_every_byte_once(case, rng: rando
     second = shrink_plan(units, actual, [second_lost])
     second.after.check(units)
     assert reference.apply(second) == second.after
+
+
+@given(st.integers(2, 5), st.integers(2, 8), st.randoms(use_true_random=False))
+def test_a_lost_expert_with_a_replica_costs_no_load(degree, experts, rng: random.Random):
+    units = model_units(make_moe(experts=experts))
+    layout = initial_layout(units, devices(degree))
+    copies = [(d, u) for d in layout.devices for u in range(units.num_units[EXPERT]) if u not in layout[d][EXPERT]]
+    for device, unit in rng.sample(copies, rng.randint(0, len(copies))):
+        layout = layout.with_shard(layout[device].appended(EXPERT, [unit]))
+    layout.check(units)
+    lost = rng.choice(layout.devices)
+    plan = shrink_plan(units, layout, [lost])
+    plan.after.check(units)
+    survivors = layout.without([lost])
+    gone = {unit for unit in layout[lost][EXPERT] if not survivors.holders(EXPERT, unit)}
+    assert {move.unit for move in plan.moves if move.family == EXPERT} == gone
+    assert all(plan.after[d][EXPERT][: len(survivors[d][EXPERT])] == survivors[d][EXPERT] for d in survivors.devices)
+
+
+def test_experts_of_all_layers_together_are_even_too():
+    """One expert more than devices in each layer: the odd one out goes round."""
+    units = model_units(make_moe(experts=4, layers=6))
+    layout = initial_layout(units, devices(3))
+    assert [len(shard[EXPERT]) for shard in layout.shards] == [8, 8, 8]
+    plan = shrink_plan(units, layout, ["cpu:1"])
+    assert [len(shard[EXPERT]) for shard in plan.after.shards] == [12, 12]
+
+
+def test_columns_of_experts_are_mlp_blocks():
+    """One byte range per layer, expert and tensor; every unit has its columns of all of them."""
+    experts, columns = (model_units(make_moe(cut=cut)) for cut in ("experts", "columns"))
+    assert experts.families == ("attention", "kv", "vocab", "expert")
+    assert columns.families == ("attention", "kv", "mlp", "vocab")
+    assert experts.total_bytes == columns.total_bytes
+    ranges = list(WeightAddresses(units=columns).slot_ranges("mlp", 0, 1))
+    assert len(ranges) == 2 * 3 * 8
+    assert len(list(WeightAddresses(units=experts).slot_ranges(EXPERT, 0, 5))) == 2
+    assert dict(columns.stored_tensors()) == dict(experts.stored_tensors())
 
 
 def test_nobody_left():
@@ -258,15 +313,15 @@ def test_weight_addresses_never_overlap(case, data):
     addresses = WeightAddresses(units=units)
     taken = [addresses.replicated_range]
     for tensor in units.tensors:
-        for layer in range(units.num_copies(tensor)):
-            first = addresses.block(tensor, layer, 0)
-            last = addresses.block(tensor, layer, units.num_units[tensor.family] - 1)
-            assert first[0] == addresses.offset(tensor.key, layer) and first[0] % 4096 == 0
+        for copy in range(units.num_copies(tensor)):
+            first = addresses.block(tensor, copy, 0)
+            last = addresses.block(tensor, copy, units.num_units[tensor.family] - 1)
+            assert first[0] == addresses.offset(tensor.key, copy) and first[0] % 4096 == 0
             taken.append((first[0], last[1]))
     taken.sort()
     assert all(a[1] <= b[0] for a, b in pairwise(taken))
     assert taken[-1][1] <= addresses.reserved_bytes
-    family = data.draw(st.sampled_from(FAMILIES))
+    family = data.draw(st.sampled_from(units.families))
     start = data.draw(st.integers(0, units.num_units[family]))
     stop = data.draw(st.integers(start, units.num_units[family]))
     total = sum(b - a for a, b in addresses.slot_ranges(family, start, stop))

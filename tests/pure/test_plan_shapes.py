@@ -6,7 +6,7 @@ import pytest
 
 from anchortp.config import parse_model_config
 from anchortp.errors import ConfigError, UnsupportedModel
-from anchortp.layout import EXPERT, FAMILIES, initial_layout, model_units
+from anchortp.layout import EXPERT, initial_layout, model_units
 from anchortp.plan import SHAPES, shape, shape_from_config
 
 LLAMA = {
@@ -19,8 +19,10 @@ LLAMA = {
     "vocab_size": 1000,
 }
 QWEN3 = LLAMA | {"model_type": "qwen3", "head_dim": 32, "tie_word_embeddings": True, "torch_dtype": "float32"}
-MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 8}
-QWEN3_MOE = LLAMA | {"model_type": "qwen3_moe", "num_experts": 16, "moe_intermediate_size": 32}
+MIXTRAL = LLAMA | {"model_type": "mixtral", "num_local_experts": 8, "num_experts_per_tok": 2}
+QWEN3_MOE = (
+    LLAMA | {"model_type": "qwen3_moe", "num_experts": 16, "moe_intermediate_size": 32} | {"num_experts_per_tok": 4}
+)
 
 
 @pytest.mark.parametrize(
@@ -45,10 +47,12 @@ def test_unknown_names_are_refused_with_the_known_ones():
         shape("gpt-9")
 
 
-@pytest.mark.parametrize("raw", [LLAMA, QWEN3])
-def test_dense_shapes_agree_with_the_units_of_the_engine(raw):
+@pytest.mark.parametrize("raw", [LLAMA, QWEN3, MIXTRAL, QWEN3_MOE])
+def test_shapes_agree_with_the_units_of_the_engine(raw):
     ours, engine = shape_from_config(raw), model_units(parse_model_config(raw))
-    for family in FAMILIES:
+    assert ours.families == engine.families
+    for family in engine.families:
+        assert ours.num_groups(family) == engine.num_groups(family)
         assert ours.num_units[family] == engine.num_units[family]
         assert ours.unit_bytes[family] == engine.unit_bytes[family]
     assert ours.replicated_bytes == engine.replicated_bytes
@@ -69,6 +73,11 @@ def test_experts_of_a_layer_are_units(raw, experts, width):
         assert max(widths) - min(widths) <= 1, "every layer is spread evenly"
     totals = [len(shard[EXPERT]) for shard in layout.shards]
     assert max(totals) - min(totals) <= 1, "and so are all layers together"
+
+
+def test_transformers_5_writes_another_name_for_the_number_of_experts():
+    raw = {key: value for key, value in QWEN3_MOE.items() if key != "num_experts"} | {"num_local_experts": 16}
+    assert shape_from_config(raw) == shape_from_config(QWEN3_MOE)
 
 
 @pytest.mark.parametrize(

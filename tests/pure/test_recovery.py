@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchortp.layout import FAMILIES, KVAddresses, WeightAddresses, initial_layout, model_units
+from anchortp.layout import FAMILIES, KVAddresses, Layout, Shard, WeightAddresses, initial_layout, model_units
+from anchortp.plan import FromPeer
 from anchortp.recovery import Coordinator, RecoveryConfig, StepDeadline, replay
 from anchortp.recovery import events as ev
-from anchortp.recovery.coordinator import COMPACTING, FORMING, LEAVING, LOADING, REFUSING, RESTORING, SERVING
+from anchortp.recovery.change import arrangement
+from anchortp.recovery.coordinator import ARRANGING, COMPACTING, FORMING, LEAVING, LOADING, REFUSING, RESTORING, SERVING
 from anchortp.recovery.events import KVState
 from tests.pure.test_layout_and_shrink import devices, make_config
 
@@ -33,16 +35,73 @@ class World:
         self.inflight: deque[ev.Event] = deque()
         self.now = 100.0
         self.coordinator = Coordinator(units, config)
+        self.orders: dict[int, ev.Load] = {}
+        self.changes = 0
         self.commands: list[ev.Command] = []
         self.resumed: list[ev.Resume] = []
         self.fresh_loads = 0
+        # What really lies in each slot, by device and family; a slot that is being written holds None.
+        self.memory: dict[str, dict[str, dict[int, int | None]]] = {}
+        self.serving: Layout | None = None
+        for name in names:
+            self.wipe(name)
+            for family in FAMILIES:
+                self.memory[name][family] |= dict(enumerate(((shards or {}).get(name) or {family: ()})[family]))
         found = tuple(
             ev.DeviceFound(device=name, budget_bytes=budget, shard=(shards or {}).get(name)) for name in names
         )
         self.give(ev.Start(devices=found, epoch=1, num_kv_blocks=num_kv_blocks))
 
+    def wipe(self, device: str) -> None:
+        self.memory[device] = {family: {} for family in FAMILIES}
+
+    def load(self, command: ev.Load) -> ev.Loaded:
+        """Marks the slots as half written; they are filled when the answer is given."""
+        device, target = command.device, self.memory[command.device]
+        slots = {(f, i) for f in FAMILIES for i in range(len(command.before[f]), len(command.after[f]))}
+        moved = {(m.family, m.slot + i) for m in command.moves if m.family in FAMILIES for i in range(m.num_units)}
+        assert slots == moved, "the moves do not fill what the shard grows by"
+        if self.serving is not None and device in self.serving.devices and command.background:
+            in_use = {(f, i) for f in FAMILIES for i in range(len(self.serving[device][f]))}
+            assert not slots & in_use, "a slot in use is overwritten"
+        for family, slot in slots:
+            target[family][slot] = None
+        for move in command.moves:
+            if isinstance(move.source, FromPeer) and move.family in FAMILIES:
+                held = self.memory[move.source.device][move.family]
+                found = [held[move.source.slot + i] for i in range(move.num_units)]
+                assert found == list(range(move.unit, move.unit + move.num_units)), "the peer has something else there"
+        self.fresh_loads += command.fresh
+        peer = sum(m.num_bytes for m in command.moves if isinstance(m.source, FromPeer))
+        num_bytes = sum(m.num_bytes for m in command.moves if m.family in FAMILIES)
+        num_bytes += command.fresh * self.units.replicated_bytes
+        self.orders[command.ticket] = command
+        return ev.Loaded(device=device, ticket=command.ticket, num_bytes=num_bytes, peer_bytes=peer)
+
+    def fill(self, ticket: int) -> None:
+        command = self.orders[ticket]
+        for family in FAMILIES:
+            for slot in range(len(command.before[family]), len(command.after[family])):
+                self.memory[command.device][family][slot] = command.after[family][slot]
+
+    def arrange(self, device: str, before: Shard, after: Shard) -> None:
+        for family, source, target in arrangement(before, after):
+            self.memory[device][family][target] = self.memory[device][family][source]
+        for family in FAMILIES:
+            self.memory[device][family] = {
+                i: u for i, u in self.memory[device][family].items() if i < len(after[family])
+            }
+
+    def check_memory(self, layout: Layout) -> None:
+        for shard in layout.shards:
+            for family in FAMILIES:
+                held = self.memory[shard.device][family]
+                assert tuple(held.get(i) for i in range(len(shard[family]))) == shard[family], shard.device
+
     def give(self, event: ev.Event) -> None:
         self.now += 0.001
+        if isinstance(event, ev.Loaded):
+            self.fill(event.ticket)
         for command in self.coordinator.handle(event, self.now):
             self.commands.append(command)
             self._perform(command)
@@ -54,6 +113,7 @@ class World:
                 self.workers.discard(device)
                 answer = ev.WorkerGone(device=device, reason="fenced")
             case ev.Leave(device=device, epoch=epoch):
+                self.inflight = deque(a for a in self.inflight if not _is_load_of(a, device))
                 answer = ev.Left(device=device, epoch=epoch)
             case ev.TakeCensus(epoch=epoch, devices=names):
                 alive = tuple(name for name in names if name in self.anchors)
@@ -66,14 +126,17 @@ class World:
             case ev.Attach(device=device, epoch=epoch):
                 self.workers.add(device)
                 answer = ev.Attached(device=device, epoch=epoch)
-            case ev.Reserve(epoch=epoch):
-                answer = ev.Reserved(epoch=epoch)
-            case ev.Load(device=device, epoch=epoch, before=before, after=after, fresh=fresh):
-                num_bytes = sum((len(after[f]) - len(before[f])) * self.units.unit_bytes[f] for f in FAMILIES)
-                self.fresh_loads += fresh
-                answer = ev.Loaded(
-                    device=device, epoch=epoch, num_bytes=num_bytes + fresh * self.units.replicated_bytes
-                )
+            case ev.Reserve(epoch=epoch, ticket=ticket, fresh=fresh):
+                for device in fresh:
+                    self.wipe(device)
+                answer = ev.Reserved(epoch=epoch, ticket=ticket)
+            case ev.Load():
+                answer = self.load(command)
+            case ev.CancelLoad(ticket=ticket):
+                self.inflight = deque(a for a in self.inflight if getattr(a, "ticket", None) != ticket)
+            case ev.Arrange(device=device, epoch=epoch, before=before, after=after):
+                self.arrange(device, before, after)
+                answer = ev.Arranged(device=device, epoch=epoch)
             case ev.Compact(epoch=epoch, devices=names):
                 for device in names:
                     self.inflight.append(ev.Compacted(device=device, epoch=epoch))
@@ -87,6 +150,9 @@ class World:
                 layout.check(self.units)
                 for device in layout.devices:
                     self.inflight.append(ev.Formed(device=device, epoch=epoch))
+            case ev.Record(layout=layout):
+                self.check_memory(layout)
+                self.serving = layout
             case ev.Resume():
                 self.resumed.append(command)
             case ev.Drop(device=device):
@@ -106,11 +172,18 @@ class World:
             return  # the process that would have answered is dead
         self.give(event)
 
-    def settle(self, rng: random.Random | None = None) -> None:
-        for _ in range(10_000):
-            if not self.inflight:
-                break
+    def step(self, rng: random.Random | None = None) -> None:
+        """One thing that can happen next, if there is any."""
+        if self.coordinator.wants_switch and not (self.inflight and rng and rng.random() < 0.5):
+            self.give(ev.Switch())
+        elif self.inflight:
             self.answer_one(rng)
+
+    def settle(self, rng: random.Random | None = None, switch: bool = True) -> None:
+        for _ in range(10_000):
+            if not self.inflight and not (switch and self.coordinator.wants_switch):
+                break
+            self.step(rng) if switch else self.answer_one(rng)
         assert not self.inflight
         assert self.coordinator.phase in (SERVING, REFUSING), self.coordinator.phase
 
@@ -130,6 +203,10 @@ class World:
 
     def hang(self, device: str) -> None:
         self.give(ev.WorkerHung(device=device, reason="no answer"))
+
+
+def _is_load_of(event: ev.Event, device: str) -> bool:
+    return isinstance(event, ev.Loaded | ev.LoadFailed) and event.device == device
 
 
 def _who(event: ev.Event) -> str:
@@ -169,7 +246,7 @@ def test_device_lost_shrinks_and_loads_what_was_lost():
     assert episode.loaded_bytes == episode.lost_bytes + episode.replica_bytes > 0
     assert episode.copied_bytes == 0
     kinds = [type(command) for command in world.commands]
-    order = [ev.Abort, ev.Leave, ev.TakeCensus, ev.Drop, ev.Reserve, ev.Load, ev.Form, ev.Resume]
+    order = [ev.Abort, ev.Leave, ev.TakeCensus, ev.Drop, ev.Reserve, ev.Load, ev.Form, ev.Resume, ev.Record]
     assert [kind for kind in sorted(set(kinds), key=kinds.index) if kind is not ev.Restore] == order
     assert not of_kind(world.commands, ev.Attach)
 
@@ -217,24 +294,28 @@ def test_anchor_and_worker_gone_is_a_loss_even_far_apart():
     assert world.coordinator.episodes[-1].devices_lost == ["cpu:0"]
 
 
-@pytest.mark.parametrize("phase", [LEAVING, LOADING, FORMING])
-def test_second_loss_in_every_phase_raises_the_epoch_and_counts_each_byte_once(phase):
-    world = serving()
+@pytest.mark.parametrize(("phase", "pipelined"), [(LEAVING, True), (LOADING, False), (FORMING, True), (SERVING, True)])
+def test_second_loss_in_every_phase_raises_the_epoch_and_counts_each_byte_once(phase, pipelined):
+    world = serving(config=replace(CONFIG, pipelined=pipelined))
     world.lose("cpu:2")
+    late = hold_back_loads(world) if phase == SERVING else deque()
     while world.coordinator.phase != phase:
         world.answer_one()
-    if phase == LOADING:
+    world.inflight += late
+    if phase in (LOADING, SERVING):
+        assert not world.coordinator.is_whole
         world.answer_one()  # one survivor has loaded, the others have not
     epoch = world.coordinator.epoch
     world.lose("cpu:3")
     world.settle()
     coordinator, episode = world.coordinator, world.coordinator.episodes[-1]
-    assert len(coordinator.episodes) == 2, "one story for both faults"
+    told = coordinator.episodes[1:]
+    assert len(told) == (2 if phase == SERVING else 1), "one story for both faults, unless the engine served between"
     assert coordinator.epoch > epoch or phase == LEAVING
     assert coordinator.layout.devices == ("cpu:0", "cpu:1")
-    assert sorted(episode.devices_lost) == ["cpu:2", "cpu:3"]
+    assert sorted(name for e in told for name in e.devices_lost) == ["cpu:2", "cpu:3"]
     # Loads that were on their way when the second fault struck, and whose target died, were not counted.
-    assert episode.loaded_bytes == episode.lost_bytes + episode.replica_bytes
+    assert episode.loaded_bytes + episode.copied_bytes == episode.lost_bytes + episode.replica_bytes or len(told) == 2
 
 
 def test_answers_of_an_old_epoch_are_dropped():
@@ -242,7 +323,7 @@ def test_answers_of_an_old_epoch_are_dropped():
     world.give(ev.Formed(device="cpu:1", epoch=0))
     world.give(ev.Left(device="cpu:1", epoch=0))
     world.give(ev.CensusTaken(epoch=0, alive=()))
-    world.give(ev.Reserved(epoch=0, refused="old"))
+    world.give(ev.Reserved(epoch=0, ticket=0, refused="old"))
     assert world.coordinator.phase == SERVING and not world.commands
 
 
@@ -268,7 +349,7 @@ def test_too_little_memory_shrinks_the_kv_cache_first_and_then_refuses():
     world.lose("cpu:2")
     world.settle()
     assert world.coordinator.phase == REFUSING
-    assert re.search(r"cpu:3 would hold \d+ bytes of weights, its budget is \d+", world.commands[-1].reason)
+    assert re.search(r"cpu:3 would hold .* bytes\) of weights, its budget is .* bytes\)", world.commands[-1].reason)
     assert world.coordinator.layout == held, "the state is kept"
 
 
@@ -279,14 +360,26 @@ def test_last_device_lost_is_refused_clearly():
     assert world.coordinator.phase == REFUSING and "no device is left" in world.commands[-1].reason
 
 
+def hold_back_loads(world: World) -> deque[ev.Event]:
+    """Runs until loads were ordered, and takes their answers away."""
+    while world.coordinator.is_whole:
+        world.answer_one()
+    loads = deque(a for a in world.inflight if isinstance(a, ev.Loaded))
+    world.inflight = deque(a for a in world.inflight if not isinstance(a, ev.Loaded))
+    return loads
+
+
+def failed(load: ev.Loaded, source: str = "") -> ev.LoadFailed:
+    return ev.LoadFailed(device=load.device, ticket=load.ticket, reason="file is short", source=source)
+
+
 def test_checkpoint_that_cannot_be_read_is_refused_and_the_state_kept():
     world = serving()
     world.lose("cpu:2")
-    while world.coordinator.phase != LOADING:
-        world.answer_one()
-    world.inflight.clear()
+    load = hold_back_loads(world)[0]
+    world.settle()
     held = world.coordinator.layout
-    world.give(ev.LoadFailed(device="cpu:0", epoch=world.coordinator.epoch, reason="file is short"))
+    world.give(failed(load))
     assert world.coordinator.phase == REFUSING and "file is short" in world.commands[-1].reason
     assert world.coordinator.layout == held
 
@@ -384,7 +477,7 @@ def test_story_is_json_able_and_its_phases_add_up():
     told = world.coordinator.episodes[-1].as_dict()
     assert told["bytes"]["copied"] == 0 and told["outcome"] == "serving"
     assert sum(told["phases"].values()) == pytest.approx(told["seconds"])
-    assert any("spread" in line["text"] or "loaded from the host" in line["text"] for line in told["timeline"])
+    assert any("ready before" in line["text"] for line in told["timeline"]), "why the plan is as it is"
 
 
 def test_speeds_weigh_the_shards():
@@ -470,8 +563,8 @@ def test_a_restore_that_fails_ends_in_replay():
     world.lose("cpu:1")
     while world.coordinator.phase != RESTORING:
         world.answer_one()
-    (answer,) = world.inflight
-    world.inflight.clear()
+    (answer,) = of_kind(world.inflight, ev.Restored)
+    world.inflight.remove(answer)
     world.give(replace(answer, ok=False))
     world.settle()
     assert world.coordinator.phase == SERVING and world.resumed[-1].kv is KVState.lost
@@ -515,3 +608,231 @@ def test_a_fault_while_blocks_are_moved_ends_in_replay():
     world.crash("cpu:3")
     world.settle()
     assert world.coordinator.phase == SERVING and world.resumed[-1].kv is KVState.lost
+
+
+# ------------------------------------------------------------------------------------------------ planned changes
+
+
+def new_device(world: World, name: str, budget: int = PLENTY) -> ev.DeviceFound:
+    world.anchors.add(name)
+    world.wipe(name)
+    return ev.DeviceFound(device=name, budget_bytes=budget)
+
+
+def change(world: World, **wish) -> None:
+    world.changes += 1
+    world.give(ev.Change(why="a wish", change_id=world.changes, **wish))
+
+
+def outcome(world: World) -> str:
+    return [e for e in world.coordinator.episodes if e.change_id == world.changes][-1].outcome
+
+
+def test_a_device_joins_and_the_group_switches_between_two_steps():
+    world = kv_world()
+    change(world, add=(new_device(world, "cpu:4"),))
+    world.settle(switch=False)
+    assert world.coordinator.phase == SERVING and world.coordinator.wants_switch and world.coordinator.epoch == 1
+    assert world.coordinator.members == devices(4), "not before the switch"
+    assert all(load.background for load in of_kind(world.commands, ev.Load))
+    assert not of_kind(world.commands, ev.Abort)
+    world.settle()
+    layout = world.coordinator.layout
+    layout.check(UNITS)
+    assert layout.devices == devices(5) and world.coordinator.epoch == 2
+    assert world.resumed[-1].kv is KVState.whole and outcome(world) == "serving"
+    for family in ("attention", "mlp", "vocab"):
+        widths = [len(shard[family]) for shard in layout.shards]
+        assert max(widths) - min(widths) <= 1
+    world.lose("cpu:1")
+    world.settle()
+    world.coordinator.layout.check(UNITS)
+
+
+def test_a_member_leaves_and_its_bytes_come_from_itself_or_the_host():
+    world = kv_world()
+    change(world, remove=("cpu:0",))
+    world.settle()
+    assert world.coordinator.members == ("cpu:1", "cpu:2", "cpu:3") and outcome(world) == "serving"
+    kinds = [type(command) for command in world.commands]
+    assert kinds.index(ev.Load) < kinds.index(ev.Abort) < kinds.index(ev.Resume) < kinds.index(ev.Drop)
+    assert world.resumed[-1].kv is KVState.whole, "planes are copied from the device that leaves"
+
+
+def test_other_speeds_move_units_and_slots_are_closed():
+    world = serving()
+    change(world, speeds=(("cpu:0", 3.0), ("cpu:3", 0.5)))
+    world.settle()
+    widths = [len(shard["mlp"]) for shard in world.coordinator.layout.shards]
+    assert widths[0] > 2 * widths[1] > 2 * widths[3]
+    world.lose("cpu:2")
+    world.settle()
+    widths = [len(shard["mlp"]) for shard in world.coordinator.layout.shards]
+    assert widths[0] > 2 * widths[1], "what was set stays set"
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ({"remove": ("cpu:7",)}, "cpu:7 is not in the group"),
+        ({"remove": devices(4)}, "no device is left"),
+        ({"speeds": (("cpu:9", 2.0),)}, "cpu:9 is not in the group"),
+        ({"speeds": (("cpu:1", -1.0),)}, "greater than 0"),
+        ({"speeds": ()}, "nothing had to change"),
+    ],
+)
+def test_a_change_that_cannot_be_is_turned_down_and_serving_goes_on(wish, words):
+    world = serving()
+    change(world, **wish)
+    world.settle()
+    assert words in outcome(world) and world.coordinator.epoch == 1
+    assert world.coordinator.members == devices(4)
+
+
+def test_a_device_without_room_is_turned_down_with_the_numbers_and_dropped():
+    world = serving()
+    change(world, add=(new_device(world, "cpu:4", budget=1000),))
+    world.settle()
+    assert re.search(r"cpu:4 would hold .* its budget is 1.0 kB", outcome(world))
+    assert ev.Drop(device="cpu:4", reason=world.commands[-1].reason) == world.commands[-1]
+    change(world, add=(new_device(world, "cpu:4"),))
+    world.settle()
+    assert "cpu:4" in world.coordinator.members
+
+
+def test_room_is_made_before_a_member_leaves():
+    world = small_kv_world()
+    change(world, remove=("cpu:2",))
+    world.settle()
+    kinds = [type(command) for command in world.commands]
+    assert world.coordinator.members == ("cpu:0", "cpu:1", "cpu:3")
+    assert kinds.index(ev.Compact) < kinds.index(ev.Load)
+    assert [r.kv for r in world.resumed[1:]] == [KVState.whole, KVState.whole]
+    assert world.coordinator.num_kv_blocks == world.resumed[-1].num_kv_blocks < 256
+
+
+def test_kv_cache_grows_again_with_the_group():
+    world = small_kv_world()
+    world.lose("cpu:2")
+    world.settle()
+    small = world.coordinator.num_kv_blocks
+    change(world, add=(new_device(world, "cpu:2", world.coordinator.snapshot()["cpu:0"]["budget_bytes"]),))
+    world.settle()
+    assert world.coordinator.members == ("cpu:0", "cpu:1", "cpu:3", "cpu:2")
+    assert small < world.resumed[-1].num_kv_blocks
+
+
+def test_a_fault_calls_a_change_off_and_it_begins_again():
+    world = serving()
+    change(world, add=(new_device(world, "cpu:4"),))
+    while not of_kind(world.commands, ev.Load):
+        world.answer_one()
+    world.crash("cpu:1")
+    world.settle()
+    outcomes = [e.outcome for e in world.coordinator.episodes if e.change_id == 1]
+    assert outcomes[0].startswith("interrupted") and outcomes[1:] == ["serving"]
+    assert world.coordinator.members == devices(5)
+    assert of_kind(world.commands, ev.CancelLoad)
+
+
+def test_a_joining_device_that_dies_is_dropped_and_serving_goes_on():
+    world = serving()
+    change(world, add=(new_device(world, "cpu:4"),))
+    while not of_kind(world.commands, ev.Load):
+        world.answer_one()
+    world.lose("cpu:4")
+    world.settle()
+    assert world.coordinator.epoch == 1 and world.coordinator.phase == SERVING
+    assert "refused" in outcome(world) and "cpu:4" in outcome(world)
+
+
+def test_a_device_that_dies_while_it_is_arranged_holds_nothing():
+    world = serving()
+    change(world, remove=("cpu:3",))
+    world.settle()
+    change(world, add=(new_device(world, "cpu:5"), new_device(world, "cpu:6")))
+    while world.coordinator.phase != ARRANGING and (world.inflight or world.coordinator.wants_switch):
+        world.step()
+    assert world.coordinator.phase == ARRANGING
+    (arrange, *_) = of_kind(world.commands, ev.Arrange)
+    world.inflight = deque(a for a in world.inflight if _who(a) != arrange.device)
+    world.crash(arrange.device)
+    world.settle()
+    assert world.fresh_loads == 4 + 2 + 1
+    world.coordinator.layout.check(UNITS)
+
+
+def test_changes_that_are_asked_for_during_a_recovery_wait():
+    world = serving()
+    world.lose("cpu:2")
+    change(world, add=(new_device(world, "cpu:4"),))
+    change(world, remove=("cpu:0",))
+    world.settle()
+    assert world.coordinator.members == ("cpu:1", "cpu:3", "cpu:4")
+
+
+@pytest.mark.parametrize("policy", ["makespan", "units", "cmm", "greedy"])
+def test_every_policy_of_the_engine_ends_in_a_whole_layout(policy):
+    world = serving(config=replace(CONFIG, policy=policy))
+    for device in ("cpu:1", "cpu:3"):
+        world.lose(device)
+        world.settle()
+        world.coordinator.layout.check(UNITS)
+    change(world, add=(new_device(world, "cpu:1"),))
+    world.settle()
+    assert outcome(world) == "serving"
+
+
+def test_a_peer_that_cannot_be_read_is_not_asked_again():
+    world = serving()
+    change(world, add=(new_device(world, "cpu:4"),))
+    world.settle()
+    world.lose("cpu:0")
+    load = hold_back_loads(world)[0]
+    world.give(failed(load, source="cpu:2"))
+    world.settle()
+    assert world.coordinator.phase == SERVING
+    sources = {
+        m.source.device for c in of_kind(world.commands, ev.Load)[-3:] for m in c.moves if m.source.kind == "peer"
+    }
+    assert "cpu:2" not in sources
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.integers(2, 6), st.integers(1, 8), st.randoms(use_true_random=False))
+def test_any_faults_and_changes_in_any_order_end_well(num_devices, num_events, rng: random.Random):
+    config = replace(CONFIG, pipelined=rng.random() < 0.5, kv_mirror=rng.random() < 0.5)
+    world = World(names=devices(num_devices), config=config)
+    world.settle(rng)
+    for _ in range(num_events):
+        for _ in range(rng.randint(0, 15)):
+            world.step(rng)
+        device = rng.choice(devices(8))
+        kind = rng.choice(["fault", "fault", "add", "remove", "speeds"])
+        if kind == "add" and device not in world.anchors | set(world.coordinator.members):
+            change(world, add=(new_device(world, device),))
+        elif kind == "remove" and len(world.coordinator.members) > 1:
+            change(world, remove=(device,))
+        elif kind == "speeds":
+            change(world, speeds=((device, rng.choice([0.5, 1.0, 2.0])),))
+        elif kind == "fault":
+            fault = rng.choice([world.crash, world.lose, world.kill_anchor, world.hang])
+            if fault == world.kill_anchor and device not in world.workers:
+                fault = world.lose
+            fault(device)
+    world.settle(rng)
+    coordinator = world.coordinator
+    if coordinator.phase == SERVING:
+        coordinator.layout.check(UNITS)
+        world.check_memory(coordinator.layout)
+        assert set(coordinator.members) == world.workers
+        assert world.resumed[-1].epoch == coordinator.epoch and world.serving == coordinator.layout
+        if set(coordinator.speeds.values()) <= {1.0}:
+            widths = [len(shard["mlp"]) for shard in coordinator.layout.shards]
+            assert max(widths) - min(widths) <= 1
+    else:
+        assert not coordinator.members
+    assert all(e.ended_s is not None for e in coordinator.episodes), "no wish is left without an answer"
+
+    _, commands = replay(UNITS, config, coordinator.log)
+    assert [c for batch in commands for c in batch] == world.commands

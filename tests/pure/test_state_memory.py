@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from anchortp.arena import PAGE_BYTES, MemfdArena
+from anchortp.arena import PAGE_BYTES, ChunkPool, MemfdArena
+from anchortp.arena.sim import SimVmm
 from anchortp.errors import ArenaUnknown, BudgetExceeded, StateError
 from anchortp.state.memory import DeviceMemory
 
@@ -26,9 +27,23 @@ def no_leaks() -> Iterator[None]:
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
+def chunks() -> ChunkPool:
+    return ChunkPool(SimVmm(granule_bytes=P))
+
+
 @pytest.fixture
 def memory() -> Iterator[DeviceMemory]:
-    memory = DeviceMemory(device="cpu:0", budget_bytes=BUDGET_PAGES * P)
+    yield from checked(DeviceMemory(device="cpu:0", budget_bytes=BUDGET_PAGES * P))
+
+
+@pytest.fixture(params=["memfd", "chunks"])
+def either(request) -> Iterator[DeviceMemory]:
+    """Memory of either kind, with the same pages."""
+    pool = chunks() if request.param == "chunks" else None
+    yield from checked(DeviceMemory(device="cpu:0", budget_bytes=BUDGET_PAGES * P, pool=pool))
+
+
+def checked(memory: DeviceMemory) -> Iterator[DeviceMemory]:
     yield memory
     memory.validate()
     memory.close()
@@ -47,10 +62,11 @@ ranges = st.lists(st.tuples(span, span).map(lambda pair: (min(pair), max(pair)))
 steps = st.lists(st.tuples(st.sampled_from(["commit", "decommit", "drop"]), st.sampled_from("ab"), ranges))
 
 
+@pytest.mark.parametrize("pool", [lambda: None, chunks], ids=["memfd", "chunks"])
 @settings(max_examples=100, deadline=None)
 @given(steps)
-def test_the_account_is_that_of_the_oracle(steps: list) -> None:
-    memory = DeviceMemory(device="cpu:0", budget_bytes=BUDGET_PAGES * P)
+def test_the_account_is_that_of_the_oracle(pool, steps: list) -> None:
+    memory = DeviceMemory(device="cpu:0", budget_bytes=BUDGET_PAGES * P, pool=pool())
     oracle: dict[str, set[int]] = {"a": set(), "b": set()}
     with contextlib.closing(memory):
         for name in oracle:
@@ -87,34 +103,34 @@ def check_commit(memory: DeviceMemory, oracle: dict[str, set[int]], name: str, p
     assert caught.value.device == "cpu:0"
 
 
-def test_what_is_refused_changes_nothing(memory: DeviceMemory) -> None:
-    memory.create("a", NUM_PAGES * P)
-    memory.commit("a", ((0, P),))
+def test_what_is_refused_changes_nothing(either: DeviceMemory) -> None:
+    either.create("a", NUM_PAGES * P)
+    either.commit("a", ((0, P),))
     for start, stop in ((-1, P), (P, 0), (0, NUM_PAGES * P + 1)):
         with pytest.raises(StateError, match="is no range"):
-            memory.commit("a", ((P, 2 * P), (start, stop)))
+            either.commit("a", ((P, 2 * P), (start, stop)))
         with pytest.raises(StateError, match="is no range"):
-            memory.decommit("a", ((0, P), (start, stop)))
+            either.decommit("a", ((0, P), (start, stop)))
     for size in (0, -P, 1 << 60):
         with pytest.raises(StateError, match="cannot reserve"):
-            memory.create("b", size)
+            either.create("b", size)
     for name in ("", "a\0b", "x" * 201):
         with pytest.raises(StateError, match="cannot name"):
-            memory.create(name, P)
+            either.create(name, P)
     with pytest.raises(StateError, match="already"):
-        memory.create("a", P)
+        either.create("a", P)
     with pytest.raises(StateError, match="cannot shrink"):
-        memory.grow("a", P)
+        either.grow("a", P)
     with pytest.raises(ArenaUnknown, match="it has: a"):
-        memory.commit("b", ())
-    assert memory.info("a").ranges == ((0, P),) and len(memory.infos()) == 1
+        either.commit("b", ())
+    assert either.info("a").ranges == ((0, P),) and len(either.infos()) == 1
 
 
-def test_growing_makes_room_for_commits(memory: DeviceMemory) -> None:
-    memory.create("a", P)
-    memory.grow("a", 3 * P)
-    memory.commit("a", ((2 * P, 3 * P),))
-    assert memory.info("a").reserved_bytes == 3 * P
+def test_growing_makes_room_for_commits(either: DeviceMemory) -> None:
+    either.create("a", P)
+    either.grow("a", 3 * P)
+    either.commit("a", ((2 * P, 3 * P),))
+    assert either.info("a").reserved_bytes == 3 * P
 
 
 def test_dropping_gives_back_the_memory_under_a_mapping(memory: DeviceMemory) -> None:

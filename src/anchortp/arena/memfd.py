@@ -33,14 +33,14 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 _libc.fallocate.restype = ctypes.c_int
 
 
-def round_down(num_bytes: int) -> int:
-    """The greatest multiple of `PAGE_BYTES` that is at most `num_bytes`."""
-    return num_bytes - num_bytes % PAGE_BYTES
+def round_down(num_bytes: int, step: int = PAGE_BYTES) -> int:
+    """The greatest multiple of `step` that is at most `num_bytes`."""
+    return num_bytes - num_bytes % step
 
 
-def round_up(num_bytes: int) -> int:
-    """The least multiple of `PAGE_BYTES` that is at least `num_bytes`."""
-    return -(-num_bytes // PAGE_BYTES) * PAGE_BYTES
+def round_up(num_bytes: int, step: int = PAGE_BYTES) -> int:
+    """The least multiple of `step` that is at least `num_bytes`."""
+    return -(-num_bytes // step) * step
 
 
 class MemfdArena:
@@ -49,10 +49,11 @@ class MemfdArena:
     Mappings (`map`) and duplicates of the descriptor, here or in other processes, see the same bytes and keep
     them alive after `close`, also when every other process is dead. Any process may hold one; anchors do.
 
-    Attributes: `name` (a label), `fd`, `reserved_bytes` (a multiple of `PAGE_BYTES`).
+    Attributes: `name` (a label), `fd`, `reserved_bytes` (a multiple of `page_bytes`).
     """
 
     __slots__ = ("fd", "name", "reserved_bytes")
+    page_bytes = PAGE_BYTES
 
     def __init__(self, *, name: str, fd: int, reserved_bytes: int):
         self.name = name
@@ -115,6 +116,23 @@ class MemfdArena:
                 f"arena {self.name!r} cannot grow to {reserved_bytes} bytes: {error.strerror}. Reserve less."
             ) from error
         self.reserved_bytes = round_up(reserved_bytes)
+
+    def allocate(self, start: int, stop: int) -> None:
+        """Allocates the pages that `[start, stop)` touches, so that writing them cannot fail and is fast.
+
+        About three times as fast as taking a page fault for each. Raises StateError when there is no memory.
+        """
+        assert 0 <= start < stop <= self.reserved_bytes, (start, stop, self.reserved_bytes)
+        start = round_down(start)
+        if _libc.fallocate(self.fd, 0, start, round_up(stop) - start) != 0:
+            reason = os.strerror(ctypes.get_errno())
+            raise StateError(
+                f"arena {self.name!r}: the system has no memory for {stop - start} bytes more ({reason}). "
+                f"Give the devices smaller budgets, or stop what else uses the memory."
+            )
+
+    def commit(self, ranges: Iterable[Range]) -> None:
+        """Nothing to do: the kernel commits a page when it is touched."""
 
     def decommit(self, start: int, stop: int) -> int:
         """Gives back the pages that lie wholly inside `[start, stop)`.

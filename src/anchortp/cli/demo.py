@@ -161,6 +161,8 @@ def _device_panels(show: Show) -> Columns:
         device = alive[name]
         heads = f"{device['attention_units']} q heads, {device['kv_units']} KV heads"
         body = f"{device['weight_bytes'] / 1e6:.1f} MB of weights\n{heads}"
+        if device.get("expert_units"):
+            body += f"\n{device['expert_units']} experts, all layers"
         panels.append(Panel(body, title=name, border_style="green", width=26))
     return Columns(panels)
 

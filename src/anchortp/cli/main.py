@@ -1,4 +1,4 @@
-"""`anchortp`: serve, anchor, status, fault, demo, bench."""
+"""`anchortp`: serve, anchor, status, device, fault, demo, plan, topology, bench."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from anchortp.cli.bench import app as bench_app
+from anchortp.cli.device import app as device_app
 from anchortp.errors import AnchorTPError
 
 app = typer.Typer(
@@ -44,6 +46,18 @@ class WeightsLayout(StrEnum):
     plain = "plain"
 
 
+class ExpertCut(StrEnum):
+    experts = "experts"
+    columns = "columns"
+
+
+class PlanPolicy(StrEnum):
+    makespan = "makespan"
+    units = "units"
+    cmm = "cmm"
+    greedy = "greedy"
+
+
 class Collectives(StrEnum):
     shm = "shm"
     gloo = "gloo"
@@ -51,7 +65,7 @@ class Collectives(StrEnum):
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub name; 'smollm2' for the packaged model.")],
+    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub name; 'smollm2' for the packaged one.")],
     tp: Annotated[int | None, typer.Option(help="Devices to use: cpu:0 to cpu:N-1.", min=1)] = None,
     devices: Annotated[str | None, typer.Option(help="Devices by name, as cpu:0,cpu:2, instead of --tp.")] = None,
     host: str = "127.0.0.1",
@@ -60,6 +74,9 @@ def serve(
     weights: Annotated[WeightsLayout, typer.Option(help="plain: not packed for this CPU's matmul.")] = (
         WeightsLayout.auto
     ),
+    expert_cut: Annotated[
+        ExpertCut, typer.Option(help="Of a mixture of experts each device holds whole experts, or columns of all.")
+    ] = ExpertCut.experts,
     device_memory: DeviceMemory = None,
     max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="Tokens that the KV cache holds.")] = None,
@@ -78,6 +95,22 @@ def serve(
     ] = None,
     spares: Annotated[int, typer.Option(help="Warm processes that wait to replace a worker.", min=0)] = 1,
     collectives: Collectives = Collectives.shm,
+    plan_policy: Annotated[
+        PlanPolicy, typer.Option(help="Who plans recoveries; cmm is the paper's. See `anchortp plan`.")
+    ] = PlanPolicy.makespan,
+    eplb: Annotated[bool, typer.Option(help="Of a mixture of experts: replicate hot ones where memory allows.")] = True,
+    eplb_interval: Annotated[float, typer.Option(help="Seconds between two looks at the experts' load.")] = 10.0,
+    pipelined_load: Annotated[
+        bool, typer.Option(help="Compute the first layers while the last are still loaded.")
+    ] = True,
+    packed_columns: Annotated[
+        bool,
+        typer.Option(
+            "--packed-columns",
+            help="Keep row-parallel weights transposed in the cache folder: loads read "
+            "them several times as fast, for a third of the model's size on disk.",
+        ),
+    ] = False,
     served_model_name: Annotated[str | None, typer.Option(help="Name in the API. Default: the folder's.")] = None,
     api_key: Annotated[str | None, typer.Option(envvar="ANCHORTP_API_KEY", help="Ask clients for this key.")] = None,
     keep_anchors: Annotated[
@@ -92,6 +125,7 @@ def serve(
 ) -> None:
     """Serve MODEL with the OpenAI API; start missing anchors, attach to running ones."""
     from anchortp.cli import serving
+    from anchortp.config import cache_folder
 
     serving.serve(
         serving.ServeOptions(
@@ -109,6 +143,7 @@ def serve(
         ),
         dtype=dtype,
         weights=weights.value,
+        expert_cut=expert_cut.value,
         device_memory_bytes=serving.parse_bytes(device_memory),
         max_model_len=max_model_len,
         kv_tokens=kv_tokens,
@@ -119,6 +154,11 @@ def serve(
         max_waiting=max_waiting,
         num_spares=spares,
         collectives=collectives.value,
+        plan_policy=plan_policy.value,
+        eplb=eplb,
+        eplb_interval_s=eplb_interval,
+        pipelined_load=pipelined_load,
+        packed_folder=str(cache_folder() / "packed") if packed_columns else "",
         speeds=serving.parse_speeds(speed or []),
     )
 
@@ -178,7 +218,8 @@ def fault(
 
 @app.command()
 def demo(
-    model: Annotated[str, typer.Argument(help="Folder or hub name; by default the packaged SmolLM2.")] = "smollm2",
+    model: Annotated[str | None, typer.Argument(help="Folder or hub name; by default the packaged SmolLM2.")] = None,
+    moe: Annotated[bool, typer.Option("--moe", help="SmolLM2 made into a mixture of 8 experts, some hotter.")] = False,
     tp: Annotated[int, typer.Option(min=2)] = 4,
     lose: Annotated[str, typer.Option(help="The device that dies.")] = "cpu:2",
     streams: Annotated[int, typer.Option(min=1)] = 8,
@@ -188,10 +229,13 @@ def demo(
     """The whole story in one command: serve, speak, lose a device, go on."""
     from anchortp.cli import demo as story
     from anchortp.cli.serving import parse_bytes
+    from anchortp.errors import ConfigError
 
+    if moe and model is not None:
+        raise ConfigError(f"--moe brings a model of its own; leave out {model!r} or --moe.")
     raise typer.Exit(
         story.run(
-            model=model,
+            model=model or ("smollm2-moe" if moe else "smollm2"),
             tp=tp,
             lose=lose,
             num_streams=streams,
@@ -248,6 +292,9 @@ def plan(
     )
     planner.run(options, json_output=json_output, plot=plot, explain_unit=explain)
 
+
+app.add_typer(bench_app, name="bench")
+app.add_typer(device_app, name="device")
 
 topology_app = typer.Typer(help="Devices and links: show a topology, or measure this machine.", no_args_is_help=True)
 app.add_typer(topology_app, name="topology")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from anchortp.cli.serving import parse_speeds
 from anchortp.cli.topology import load_topology
-from anchortp.errors import ConfigError, DoesNotFit, UnsupportedModel
+from anchortp.errors import ConfigError, DoesNotFit, UnsupportedModel, in_words
 from anchortp.layout import ATTENTION, EXPERT, KV, MLP, VOCAB, Layout, initial_layout
 from anchortp.plan import (
     PLANE,
@@ -228,8 +228,8 @@ def _check_before(units: Shape, before: Layout, topology: Topology, memory: Mapp
         needed = before.weight_bytes(units, device)
         if limit is not None and needed > limit:
             raise DoesNotFit(
-                f"{units.name} on {len(before.devices)} device(s) puts {needed / 1e9:.1f} GB of weights on {device}, "
-                f"which has {limit / 1e9:.1f} GB; use a larger --from, more --memory or another --topology."
+                f"{units.name} on {len(before.devices)} device(s) puts {in_words(needed)} of weights on "
+                f"{device}, which has {in_words(limit)}; use a larger --from, more --memory or another --topology."
             )
 
 

@@ -122,11 +122,20 @@ def _serve_http(engine: Any, tokenizer: Any, config: EngineConfig, options: Serv
 
 
 def resolve_folder(model: str) -> Path:
-    """A folder, a hub name, or 'smollm2' for the model that installs like a library."""
+    """A folder, a hub name, 'smollm2' for the model that installs like a library, or one of its MoEs: 'smollm2-moe'
+    with uneven load, 'smollm2-moe-exact' with experts that are copies of the MLP."""
+
+    def tell(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
     if model == "smollm2":
         from anchortp.cli.smollm2 import fetch_smollm2
 
-        return fetch_smollm2(lambda text: print(text, file=sys.stderr, flush=True))
+        return fetch_smollm2(tell)
+    if model in ("smollm2-moe", "smollm2-moe-exact"):
+        from anchortp.cli.upcycle import fetch_moe
+
+        return fetch_moe("exact" if model.endswith("exact") else "skewed", tell)
     from anchortp.transfer.hub import resolve_model
 
     return resolve_model(model)

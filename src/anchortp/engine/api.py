@@ -62,6 +62,18 @@ class TokenOutput:
     num_cached_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceChange:
+    """Devices that shall join the group or leave it, and the relative speeds from then on (1.0 where not named; None
+    keeps those that are set). `memory_bytes`: the budget of anchors that have to be started, None for that of the
+    others."""
+
+    add: tuple[str, ...] = ()
+    remove: tuple[str, ...] = ()
+    speeds: tuple[tuple[str, float], ...] | None = None
+    memory_bytes: int | None = None
+
+
 Sink = Callable[[TokenOutput], None]
 
 
@@ -80,6 +92,14 @@ class Engine(Protocol):
 
     def abort(self, request_id: str) -> None:
         """Ends a request and frees its blocks. Unknown or finished ids are ignored; the sink stays silent."""
+        ...
+
+    def change_devices(self, change: DeviceChange) -> int:
+        """Begins to change the group while it serves. Returns the id under which status()["changes"] tells how it
+        goes: the last entry of that id has an `outcome` in the end, "serving" if the change was made.
+
+        Raises ConfigError for names that are no devices or a change of nothing, EngineStopped.
+        """
         ...
 
     def status(self) -> dict[str, Any]:

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from anchortp.comm import ShmRegion
-from anchortp.config import EngineConfig
+from anchortp.config import EngineConfig, check_device_names
 from anchortp.engine import messages as m
-from anchortp.engine.api import EngineRequest, Sink, TokenOutput
+from anchortp.engine.api import DeviceChange, EngineRequest, Sink, TokenOutput
+from anchortp.engine.balancer import ExpertBalancer, plan_of
 from anchortp.engine.blocks import BlockPool
 from anchortp.engine.faults import Strike
 from anchortp.engine.keeper import KVKeeper
@@ -38,7 +39,8 @@ from anchortp.errors import (
     RequestError,
     WireError,
 )
-from anchortp.layout import model_units
+from anchortp.layout import EXPERT, KV, empty_shard, model_units
+from anchortp.plan import FromPeer, Move
 from anchortp.recovery import Coordinator, RecoveryConfig, StepDeadline
 from anchortp.recovery import events as ev
 from anchortp.recovery.coordinator import IDLE, REFUSING, SERVING
@@ -50,6 +52,8 @@ log = logging.getLogger("anchortp.engine")
 POISON_CUTS = 5  # a request whose batches killed a worker so often in a row is ended, not tried again
 STOP_TIMEOUT_S = 5.0
 BACKLOG_POLL_S = 1e-3
+BUDGET_SLACK_BYTES = 4 << 20  # page rounding of what is added
+BACKGROUND_PACE = 0.5  # share of the time in which bytes move while steps are computed
 PUBLISH_EVERY_S = 0.1
 MAX_EPISODES_SHOWN = 32
 
@@ -84,6 +88,8 @@ class ElasticEngine:
         self._strikes = strikes
         self._keep_anchors = keep_anchors
         self._deadline = StepDeadline(floor_s=config.min_step_deadline_s)
+        by_experts = config.model.moe is not None and config.model.moe.cut == "experts"
+        self._balancer = ExpertBalancer(self.units, config.eplb_interval_s) if by_experts and config.eplb else None
         self._thread = threading.Thread(target=self._main, name="anchortp-engine", daemon=True)
         self._selector = selectors.DefaultSelector()
         self._wake_in, self._wake_out = socket.socketpair()
@@ -102,6 +108,10 @@ class ElasticEngine:
         self._suspects: Counter[str] = Counter()
         self._adopting: dict[str, threading.Thread] = {}
         self._load_progress: dict[str, tuple[int, int]] = {}
+        self._sums: dict[str, str] = {}  # what units must add up to, learned when they were first loaded
+        self._record: ev.Record | None = None  # not written yet
+        self._num_changes = 0
+        self._starting: dict[str, threading.Thread] = {}  # anchors, for changes
         self._story_lines = 0
         self._first_tokens: dict[int, float] = {}
         self._publish_due_s = 0.0
@@ -152,6 +162,19 @@ class ElasticEngine:
 
         self._post(drop)
 
+    def change_devices(self, change: DeviceChange) -> int:
+        check_device_names(change.add)
+        named = [*change.add, *change.remove]
+        if len(set(named)) != len(named) or not (named or change.speeds is not None):
+            raise ConfigError("a change names at least one device to add or to remove, each once, or speeds.")
+        with self._lock:
+            self._check_serving()
+            self._num_changes += 1
+            change_id = self._num_changes
+            self._inbox.append(lambda: self._begin_change(change, change_id))
+        self._wake()
+        return change_id
+
     def status(self) -> dict[str, Any]:
         return self._status
 
@@ -186,10 +209,13 @@ class ElasticEngine:
             self._open()
             while not self._stopping.is_set():
                 self._run_inbox()
+                if self.recovery.wants_switch:
+                    self._handle(ev.Switch())
                 if self.recovery.phase == SERVING and self.scheduler.has_work():
                     self.step()
                 else:
                     self._deliver()
+                    self._write_record()
                     self._publish_if_due()
                     self._pump(self._idle_timeout())
         except BaseException as error:
@@ -215,19 +241,25 @@ class ElasticEngine:
             return
         self._outputs += self.scheduler.postprocess(batch, answer.sampled, self.config.model.eos_token_ids)
         self._keeper.save_sealed(self.recovery.layout, self.recovery.epoch)
+        self._rebalance_if_due()
         if not self.scheduler.has_work():
             self._deliver()
+            self._write_record()
             self._publish()  # what an idle engine shows is how its last step left it
 
     def _run(self, batch: Batch) -> m.StepDone:
         """Sends the batch to every worker and waits for rank 0. Raises _StepCut when a fault comes first."""
         epoch, began_s = self.recovery.epoch, time.monotonic()
         deadline_s = began_s + self._deadline.for_step(batch.num_tokens)
+        if self.recovery.load_deadline_s is not None:  # the first layers may compute while the last still arrive
+            deadline_s = max(deadline_s, self.recovery.load_deadline_s)
         self._answer = None
         message = m.RunStep(epoch=epoch, batch=batch)
         for device in self._ranks:
             self._send(device, message)
-        self._deliver()
+        if self._outputs:
+            self._deliver()
+            self._write_record()
         self._publish_if_due()
         while True:
             self._pump(min(deadline_s - time.monotonic(), 1.0))
@@ -240,7 +272,11 @@ class ElasticEngine:
             if time.monotonic() >= deadline_s:
                 self._accuse(batch, time.monotonic() - began_s)
                 deadline_s = time.monotonic() + self.recovery.config.leave_timeout_s
-        self._deadline.observe(batch.num_tokens, time.monotonic() - began_s)
+        seconds = time.monotonic() - began_s
+        if self.recovery.is_whole:
+            self._deadline.observe(batch.num_tokens, seconds)
+        if self._balancer is not None:
+            self._balancer.step_done(seconds, answer.expert_load)
         self._counters["steps"] += 1
         self._counters["computed_tokens"] += batch.num_tokens
         for seq in batch.seqs:
@@ -281,8 +317,8 @@ class ElasticEngine:
             if sink is not None:
                 sink(output)
         if outputs and outputs[0].tokens:
-            index = len(self.recovery.episodes) - 1
-            if index not in self._first_tokens and self.recovery.episodes[index].ended_s is not None:
+            index = self.recovery.served
+            if index not in self._first_tokens:
                 self._first_tokens[index] = time.monotonic()
                 self._publish()
 
@@ -352,7 +388,7 @@ class ElasticEngine:
             self._stopping.set()
         if self._region is not None:
             self._region.abort("the engine stops")
-        for thread in list(self._adopting.values()):
+        for thread in [*self._adopting.values(), *self._starting.values()]:
             thread.join()  # an anchor that is being started: bounded, and it has to be stopped too
         self._run_inbox()
         for request_id in list(self._sinks):
@@ -423,11 +459,13 @@ class ElasticEngine:
             case m.LoadProgress(num_bytes=num_bytes, total_bytes=total_bytes):
                 self._load_progress[device] = (num_bytes, total_bytes)
                 self._publish()
-            case m.LoadDone(epoch=epoch, num_bytes=num_bytes):
+            case m.LoadDone():
+                self._loaded(device, message)
+            case m.LoadRefused(ticket=ticket, reason=reason, device=source):
                 self._load_progress.pop(device, None)
-                self._handle(ev.Loaded(device=device, epoch=epoch, num_bytes=num_bytes))
-            case m.LoadRefused(epoch=epoch, reason=reason):
-                self._handle(ev.LoadFailed(device=device, epoch=epoch, reason=reason))
+                self._handle(ev.LoadFailed(device=device, ticket=ticket, reason=reason, source=source))
+            case m.UnitsArranged(epoch=epoch):
+                self._handle(ev.Arranged(device=device, epoch=epoch))
             case m.GroupFormed(epoch=epoch):
                 self._handle(ev.Formed(device=device, epoch=epoch))
             case m.BlocksMoved(epoch=epoch):
@@ -485,19 +523,25 @@ class ElasticEngine:
                 self._adopt(device)
             case ev.Attach(device=device, epoch=epoch):
                 self._processes.take(device, lambda process: self._assign(process, device, epoch))
-            case ev.Reserve(epoch=epoch, plan=plan, num_kv_blocks=num_kv_blocks, fresh=fresh):
-                refused = self._plane.reserve(plan.before, plan.after, num_kv_blocks, fresh, epoch)
+            case ev.Reserve(epoch=epoch, ticket=ticket, staged=staged, num_kv_blocks=num_kv_blocks, fresh=fresh):
+                refused = self._plane.reserve(staged, num_kv_blocks, fresh, epoch)
                 if refused is not None:
-                    self._handle(ev.Reserved(epoch=epoch, refused=refused))
-            case ev.Load(device=device, epoch=epoch, before=before, after=after, fresh=fresh):
-                order = m.LoadUnits(epoch=epoch, before=before.as_dict(), after=after.as_dict(), fresh=fresh)
-                self._send(device, order)
+                    self._handle(ev.Reserved(epoch=epoch, ticket=ticket, refused=refused))
+            case ev.Load():
+                self._load(command)
+            case ev.CancelLoad(device=device, ticket=ticket):
+                self._load_progress.pop(device, None)
+                self._send(device, m.CancelLoad(ticket=ticket))
+            case ev.Arrange():
+                self._arrange(command)
             case ev.Compact():
                 self._keeper.compact(command, self.recovery.layout)
             case ev.Restore():
                 self._keeper.restore(command)
             case ev.Form():
                 self._form(command)
+            case ev.Record():
+                self._record = command
             case ev.Drop(device=device):
                 process = self._workers.pop(device, None)
                 if process is not None:
@@ -521,13 +565,15 @@ class ElasticEngine:
                 runtime_dir=config.runtime_dir,
                 model_folder=config.model_folder,
                 dtype=config.model.dtype,
-                packed_weights=config.model.packed_weights,
+                panels=config.model.panels,
+                expert_cut=config.model.expert_cut,
                 max_model_len=config.max_model_len,
                 max_batch_tokens=config.max_batch_tokens,
                 kv_block_size=config.kv_block_size,
                 kv_blocks=config.kv_blocks,
                 num_threads=config.threads_per_worker,
                 collectives=config.collectives,
+                packed_folder=config.packed_folder,
                 strikes=tuple(strike for strike in self._strikes if strike.device == device),
             ),
         )
@@ -535,16 +581,56 @@ class ElasticEngine:
             # The epoch rose while the device waited for a process, which has missed the order to leave.
             self._send(device, m.LeaveEpoch(epoch=self.recovery.epoch))
 
+    def _load(self, command: ev.Load) -> None:
+        order = m.LoadUnits(
+            epoch=command.epoch,
+            ticket=command.ticket,
+            before=command.before.as_dict(),
+            after=command.after.as_dict(),
+            fresh=command.fresh,
+            pieces=[_piece(move) for move in command.moves],
+            sums=self._sums,
+            pace=BACKGROUND_PACE if command.background else 1.0,
+        )
+        self._send(command.device, order)
+
+    def _loaded(self, device: str, done: m.LoadDone) -> None:
+        self._load_progress.pop(device, None)
+        self._sums |= done.sums
+        self._handle(
+            ev.Loaded(
+                device=device,
+                ticket=done.ticket,
+                num_bytes=done.num_bytes,
+                peer_bytes=done.peer_bytes,
+                rerouted=tuple(done.rerouted),
+                links=tuple((source, *measured) for source, measured in done.links.items()),
+            )
+        )
+
+    def _arrange(self, command: ev.Arrange) -> None:
+        """What the manifest says is not true while units move; whoever attached then would believe it."""
+        self._plane.put_manifest(empty_shard(command.device), 0, command.epoch)
+        order = m.ArrangeUnits(
+            epoch=command.epoch,
+            before=command.before.as_dict(),
+            after=command.after.as_dict(),
+            blocks=self.pool.occupied(),
+        )
+        self._send(command.device, order)
+
     def _form(self, command: ev.Form) -> None:
-        self._plane.put_manifests(command.layout, command.num_kv_blocks, command.epoch)
+        if not self._plane.settle(command.layout, command.num_kv_blocks, command.epoch):
+            return
         if self._region is not None:
             self._region.close()
         self._remove_gloo_stores()
         self._ranks = command.layout.devices
         self._region = ShmRegion.create(command.epoch, len(self._ranks), self._slot_bytes())
         shards = [(shard.device, shard.as_dict()) for shard in command.layout.shards]
-        order = m.FormGroup(epoch=command.epoch, shards=shards)
+        parts = self._balancer.parts(command.layout) if self._balancer is not None else {}
         for device in self._ranks:
+            order = m.FormGroup(epoch=command.epoch, shards=shards, parts=parts.get(device))
             self._send(device, order, fds=(self._region.fd,))
 
     def _remove_gloo_stores(self) -> None:
@@ -556,6 +642,12 @@ class ElasticEngine:
     def _slot_bytes(self) -> int:
         """Room for the largest all-reduce, one step's hidden states in float32; larger gathers go in pieces."""
         return self.config.max_batch_tokens * self.config.model.hidden_size * 4
+
+    def _write_record(self) -> None:
+        """Manifests wait until nobody waits for the recovery any more: what they say is true in the meantime."""
+        record, self._record = self._record, None
+        if record is not None and record.epoch == self.recovery.epoch:
+            self._plane.put_manifests(record.layout, record.num_kv_blocks, record.epoch)
 
     def _resume(self, command: ev.Resume) -> None:
         self._keeper.resume(command)
@@ -586,6 +678,84 @@ class ElasticEngine:
         self._deliver(self.scheduler.take_failures())
         self._ready.set()
 
+    def _rebalance_if_due(self) -> None:
+        """Between two steps. Copies are a planned change; other shares alone are in force from the next step on."""
+        balancer, recovery, now_s = self._balancer, self.recovery, time.monotonic()
+        if balancer is None or not recovery.is_calm or not balancer.is_due(now_s):
+            return
+        slots = {device: self._expert_slots(device) for device in recovery.members}
+        answer = balancer.decide(recovery.layout, slots, recovery.speeds, now_s)
+        if not answer.is_change:
+            return
+        log.info("experts: %s", answer.reason)
+        if not answer.stages:
+            balancer.adopt(answer.placement)
+            for device, parts in balancer.parts(recovery.layout).items():
+                self._send(device, m.ShareExperts(epoch=recovery.epoch, parts=parts))
+            return
+        stage = answer.stages[0]  # the next decision goes on from there
+        balancer.adopt(stage.placement)
+        plan = plan_of(stage, recovery.layout, self.units, answer.reason)
+        with self._lock:
+            self._num_changes += 1
+            change_id = self._num_changes
+        self._handle(ev.Change(why="rebalance experts", change_id=change_id, plan=plan))
+
+    def _expert_slots(self, device: str) -> int:
+        """How many expert units the device has memory for, beside all else that it holds now."""
+        shard, size = self.recovery.layout[device], self.units.unit_bytes[EXPERT]
+        kv_bytes = len(shard[KV]) * self._plane.kv.block_bytes * self.recovery.num_kv_blocks
+        used = self._plane.weights.committed_bytes(shard) + kv_bytes
+        room = self.recovery.snapshot()[device]["budget_bytes"] - used - BUDGET_SLACK_BYTES
+        return len(shard[EXPERT]) + max(0, room // size)
+
+    def _begin_change(self, change: DeviceChange, change_id: int) -> None:
+        """Starting anchors takes longer than a step, so that happens on a thread; serving goes on."""
+        new = [device for device in change.add if device not in self.recovery.members]
+
+        def start() -> None:
+            problem = ""
+            try:
+                for device in new:
+                    self._plane.ensure_anchor(device, change.memory_bytes)
+            except AnchorTPError as error:
+                problem = str(error)
+            self._post(lambda: self._change(change, change_id, problem))
+
+        name = f"change {change_id}"
+        self._starting[name] = threading.Thread(target=start, name=f"anchortp-{name}", daemon=True)
+        self._starting[name].start()
+
+    def _change(self, change: DeviceChange, change_id: int, problem: str) -> None:
+        self._starting.pop(f"change {change_id}", None)
+        found: tuple[ev.DeviceFound, ...] = ()
+        if self._stopping.is_set():
+            for device in change.add:
+                self._plane.stop_started(device)
+            return
+        try:
+            found = tuple(self._open_device(device) for device in change.add if not problem)
+        except AnchorTPError as error:
+            problem = str(error)
+        wishes = [f"add {device}" for device in change.add] + [f"remove {device}" for device in change.remove]
+        if change.speeds is not None:
+            wishes.append("speeds " + (", ".join(f"{d}={s:g}" for d, s in change.speeds) or "all 1"))
+        self._handle(
+            ev.Change(
+                why=", ".join(wishes),
+                change_id=change_id,
+                add=found,
+                remove=change.remove,
+                speeds=change.speeds,
+                problem=problem,
+            )
+        )
+
+    def _open_device(self, device: str) -> ev.DeviceFound:
+        if device in self.recovery.members:  # the coordinator says so
+            return ev.DeviceFound(device=device, budget_bytes=0)
+        return self._plane.open(device)
+
     def _adopt(self, device: str) -> None:
         """Starting an anchor takes longer than a step, so that happens on a thread; serving goes on."""
         if device in self._adopting:
@@ -613,9 +783,7 @@ class ElasticEngine:
         except AnchorTPError as error:
             self._handed_over(device, False, str(error))
             return
-        shard = self.recovery.layout[device]
-        ranges = self._plane.committed_ranges(shard) if any(shard.slots) else {}  # {}: nothing was loaded yet
-        self._send(device, m.HandOver(epoch=epoch, ranges=ranges))
+        self._send(device, m.HandOver(epoch=epoch, ranges=self._plane.committed_ranges(device)))
 
     def _handed_over(self, device: str, ok: bool, reason: str) -> None:
         self._adopting.pop(device, None)
@@ -659,6 +827,7 @@ class ElasticEngine:
             before_first = len(recovery.episodes) == 1 and recovery.episodes[0].ended_s is None
             state = names.get(recovery.phase, "starting" if before_first else "recovering")
         episodes = [self._episode(i) for i in range(len(recovery.episodes))[-MAX_EPISODES_SHOWN:]]
+        faults = [episode for episode in episodes if episode["cause"] != "start" and not episode["change_id"]]
         self._status = {
             "state": state,
             "epoch": recovery.epoch,
@@ -668,7 +837,7 @@ class ElasticEngine:
             "num_waiting": self.scheduler.num_waiting,
             "num_preempted": self.scheduler.num_preempted,
             "num_spares": self._processes.num_spares_ready if hasattr(self, "_processes") else 0,
-            "num_faults": sum(episode["cause"] != "start" for episode in episodes),
+            "num_faults": len(faults),
             "kv": {
                 "blocks": recovery.num_kv_blocks,
                 "blocks_held": self.pool.num_held,
@@ -682,8 +851,11 @@ class ElasticEngine:
             },
             "counters": dict(self._counters),
             "devices": self._devices(),
+            "links": {f"{a}>{b}": {"bytes_per_s": rate} for (a, b), rate in recovery.rates.measured.items()},
+            "experts": self._balancer.status(recovery.layout) if self._balancer and recovery.phase == SERVING else {},
             "episodes": episodes,
-            "faults": [episode for episode in episodes if episode["cause"] != "start"],
+            "faults": faults,
+            "changes": [episode for episode in episodes if episode["change_id"]],
         }
 
     def _devices(self) -> dict[str, dict[str, Any]]:
@@ -703,6 +875,20 @@ class ElasticEngine:
         }
 
 
+def _piece(move: Move) -> m.LoadPiece:
+    peer = move.source if isinstance(move.source, FromPeer) else None
+    return m.LoadPiece(
+        family=move.family,
+        unit=move.unit,
+        slot=move.slot,
+        num_units=move.num_units,
+        first_byte=move.first_byte,
+        num_bytes=move.num_bytes,
+        source=peer.device if peer else "",
+        source_slot=peer.slot if peer else 0,
+    )
+
+
 def _recovery_config(config: EngineConfig) -> RecoveryConfig:
     return RecoveryConfig(
         kv_block_size=config.kv_block_size,
@@ -710,6 +896,8 @@ def _recovery_config(config: EngineConfig) -> RecoveryConfig:
         min_kv_blocks=config.min_kv_blocks,
         speeds=dict(config.speeds) or None,
         kv_mirror=config.kv_mirror_slots > 0,
+        policy=config.plan_policy,
+        pipelined=config.pipelined_load,
     )
 
 

@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +20,20 @@ from typing import Literal
 
 import msgspec
 
-Point = Literal["prefill", "decode", "collective", "between", "load", "form", "attach", "leave", "save", "restore"]
+Point = Literal[
+    "prefill",
+    "decode",
+    "collective",
+    "between",
+    "load",
+    "read",
+    "form",
+    "attach",
+    "leave",
+    "save",
+    "restore",
+    "arrange",
+]
 
 
 class Strike(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,17 +41,25 @@ class Strike(msgspec.Struct, frozen=True, kw_only=True):
 
     Points: `prefill`, `decode` (a step begins that holds, or does not hold, more than one token of a
     sequence), `collective` (about to enter one, in a step), `between` (after a step), `load` (about to copy a
-    run of units), `form` (about to join a group), `attach`, `leave` (answering those commands), `save` (about to
-    copy blocks to the mirror), `restore` (about to fill planes).
+    chunk of weights), `form` (about to join a group), `attach`, `leave` (answering those commands), `save` (about to
+    copy blocks to the mirror), `restore` (about to fill planes), `arrange` (about to move units to other slots).
+
+    At `read` not the worker fails but what a load reads from, `source` (a device, "" the host), as it gives its
+    `at_byte`-th byte, and for `times` reads; `kind` is then one of `transfer.faulty`.
     """
 
     device: str
     point: Point
-    kind: Literal["lost", "crash", "hang"]
+    kind: Literal["lost", "crash", "hang", "slow", "error", "corrupt", "short", "gone"]
     nth: int = 1
+    source: str = ""
+    at_byte: int = 0
+    times: int = 1
 
     @property
     def key(self) -> str:
+        if self.point == "read":
+            return f"{self.device} read {self.source or 'host'} {self.at_byte} {self.kind}"
         return f"{self.device} {self.point} {self.nth} {self.kind}"
 
 
@@ -50,6 +72,7 @@ class FaultProbe:
         fired = {line["strike"] for line in fired_strikes(runtime_dir)} if strikes else set()
         self._due = [strike for strike in strikes if strike.key not in fired]
         self._passed: Counter[str] = Counter()
+        self._lock = threading.Lock()
 
     def __bool__(self) -> bool:
         return bool(self._due)
@@ -58,16 +81,26 @@ class FaultProbe:
         """The worker passes `point` now. Does not return if a strike fires."""
         if not self._due:
             return
-        self._passed[point] += 1
+        with self._lock:  # several threads load
+            self._passed[point] += 1
+            passed = self._passed[point]
         for strike in self._due:
-            if strike.point == point and strike.nth == self._passed[point]:
+            if strike.point == point and strike.nth == passed:
                 self._fire(strike)
 
-    def _fire(self, strike: Strike) -> None:
+    def on_source(self, source: str) -> Strike | None:
+        """The strike at what `source` gives, if one is due. `record` it when it fires."""
+        return next((s for s in self._due if s.point == "read" and s.source == source), None)
+
+    def record(self, strike: Strike) -> None:
+        """Leaves the line that says that the strike fired."""
         line = json.dumps({"strike": strike.key, "pid": os.getpid(), "at_s": time.monotonic()})
         with self._log.open("a", encoding="utf-8") as log:
             fcntl.flock(log, fcntl.LOCK_EX)
             log.write(line + "\n")
+
+    def _fire(self, strike: Strike) -> None:
+        self.record(strike)
         self._inject(strike.kind)
         while True:  # the anchor kills or stops this process; it must not go on in the meantime
             signal.pause()

@@ -21,20 +21,25 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
 
 class Assign(_Message):
-    """Become the worker of `device`: connect to its anchor and take the lease. -> WorkerAttached"""
+    """Become the worker of `device`: connect to its anchor and take the lease. -> WorkerAttached
+
+    `packed_folder`: where columns are kept as rows (`transfer.packed`); "": nowhere.
+    """
 
     device: str
     epoch: int
     runtime_dir: str
     model_folder: str
     dtype: str
-    packed_weights: bool
+    panels: bool
+    expert_cut: str
     max_model_len: int
     max_batch_tokens: int
     kv_block_size: int
     kv_blocks: int
     num_threads: int
     collectives: str
+    packed_folder: str = ""
     strikes: tuple[Strike, ...] = ()
 
 
@@ -44,13 +49,63 @@ class LeaveEpoch(_Message):
     epoch: int
 
 
+class LoadPiece(msgspec.Struct, frozen=True, kw_only=True):
+    """Where some bytes come from: a `plan.Move` to this device.
+
+    Whole units `[unit, unit + num_units)`, into the slots from `slot` on; or (`num_units` 1) bytes `[first_byte,
+    first_byte + num_bytes)` of one unit. A unit's bytes are its tensors in the order of `ModelUnits.tensors`, in
+    each its layers. `family` may be `plan.plan.REPLICATED`: one unit, slot 0. `source`: "" is the host's
+    checkpoint, else the device whose arena has the units in the slots from `source_slot` on (it may be this
+    device). `link` names the queue to wait in and is reported with what it reached; "" stands for the source.
+    """
+
+    family: str
+    unit: int
+    slot: int
+    num_bytes: int
+    num_units: int = 1
+    first_byte: int = 0
+    source: str = ""
+    source_slot: int = 0
+    link: str = ""
+
+
 class LoadUnits(_Message):
-    """Fill the slots that `after` has beyond `before` (family -> units). -> LoadProgress..., LoadDone"""
+    """Bring weights into the arena, in the background. -> LoadProgress..., then LoadDone or LoadRefused
+
+    Filled are the slots in which `after` (family -> units) has another unit than `before`, with `fresh` the
+    replicated tensors too, and whatever `pieces` write beside that. Bytes that no piece brings come from the host.
+    The slots must be committed. Other messages are served meanwhile; a step waits for each layer's bytes.
+
+    `sums`: what units (`transfer.checksum.sum_key`) must add up to, where that is known. `pace`: 1.0 is as fast as
+    possible; less is the share of the time in which bytes may move, in small bites, while steps are computed.
+    It cancels an older load (as LeaveEpoch does), which is then not answered. `ticket` comes back in answers.
+    """
 
     epoch: int
     before: dict[str, list[int]]
     after: dict[str, list[int]]
     fresh: bool
+    pieces: list[LoadPiece] = []
+    sums: dict[str, str] = {}
+    pace: float = 1.0
+    ticket: int = 0
+
+
+class CancelLoad(_Message):
+    """Stop the load of this ticket, if it is the one that runs. -> LoadCancelled, always"""
+
+    ticket: int
+
+
+class ArrangeUnits(_Message):
+    """Move units of the arena from their slots in `before` to those in `after` (family -> units), KV heads with
+    `blocks` of their planes. -> UnitsArranged"""
+
+    epoch: int
+    before: dict[str, list[int]]
+    after: dict[str, list[int]]
+    blocks: list[int]
 
 
 class MoveBlocks(_Message):
@@ -91,10 +146,24 @@ class SaveBlocks(_Message):
 
 
 class FormGroup(_Message):
-    """With the descriptor of the group's region. `shards`: (device, family -> units) in rank order. -> GroupFormed"""
+    """With the descriptor of the group's region. `shards`: (device, family -> units) in rank order. -> GroupFormed
+
+    `parts`: which part of the tokens this rank computes of experts that others hold too; see `ShareExperts`.
+    """
 
     epoch: int
     shards: list[tuple[str, dict[str, list[int]]]]
+    parts: dict[int, tuple[float, float]] | None = None
+
+
+class ShareExperts(_Message):
+    """From the next step on: of these expert units the rank computes just a part of the tokens (`layout.part_of`).
+
+    It is sent to all ranks between the same two steps, so no token is computed twice or not at all.
+    """
+
+    epoch: int
+    parts: dict[int, tuple[float, float]]
 
 
 class RunStep(_Message):
@@ -119,7 +188,19 @@ class Stop(_Message):
 
 
 ToWorker = (
-    Assign | LeaveEpoch | MoveBlocks | LoadUnits | RestorePlanes | FormGroup | RunStep | SaveBlocks | HandOver | Stop
+    Assign
+    | LeaveEpoch
+    | MoveBlocks
+    | LoadUnits
+    | CancelLoad
+    | ArrangeUnits
+    | RestorePlanes
+    | FormGroup
+    | ShareExperts
+    | RunStep
+    | SaveBlocks
+    | HandOver
+    | Stop
 )
 
 
@@ -142,24 +223,48 @@ class EpochLeft(_Message):
 
 
 class LoadProgress(_Message):
-    """`num_bytes` of `total_bytes` of the present load have arrived."""
+    """`num_bytes` of `total_bytes` of the present load have arrived. `links`: name -> (bytes, bytes per second)."""
 
     epoch: int
+    ticket: int
     num_bytes: int
     total_bytes: int
+    links: dict[str, tuple[int, float]] = {}
 
 
 class LoadDone(_Message):
+    """Every byte is there and, where the sum was known, checked. `num_bytes`: all that moved, `peer_bytes` of it
+    from other devices' arenas. `sums`: of the units that came whole. `links`: name -> (bytes, bytes per second
+    while it was busy). `rerouted`: in words, what did not come from the source it was planned from, and why."""
+
     epoch: int
+    ticket: int
     num_bytes: int
     seconds: float
+    peer_bytes: int = 0
+    sums: dict[str, str] = {}
+    links: dict[str, tuple[int, float]] = {}
+    rerouted: list[str] = []
 
 
 class LoadRefused(_Message):
-    """The checkpoint cannot be read; `reason` says what to do."""
+    """A source cannot be read, and no other has the bytes; the slots are not to be believed. `reason` says what to
+    do. `device`: the peer that failed, "" if it was the host."""
 
     epoch: int
+    ticket: int
     reason: str
+    device: str = ""
+
+
+class LoadCancelled(_Message):
+    """The load of that ticket does not run (any more): it writes nothing into the arena from now on."""
+
+    ticket: int
+
+
+class UnitsArranged(_Message):
+    epoch: int
 
 
 class BlocksMoved(_Message):
@@ -188,11 +293,16 @@ class GroupFormed(_Message):
 
 
 class StepDone(_Message):
-    """From rank 0. `sampled`: by request id."""
+    """From rank 0. `sampled`: by request id.
+
+    `expert_load`, of a mixture of experts and not in every step: int32 `[layers, experts]` in this machine's byte
+    order, the tokens that each expert has had since the last report of this epoch.
+    """
 
     epoch: int
     step: int
     sampled: dict[str, SampledToken]
+    expert_load: bytes = b""
 
 
 class HandedOver(_Message):
@@ -213,6 +323,8 @@ FromWorker = (
     | LoadProgress
     | LoadDone
     | LoadRefused
+    | LoadCancelled
+    | UnitsArranged
     | BlocksMoved
     | PlanesRestored
     | BlocksSaved

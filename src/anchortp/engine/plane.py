@@ -9,6 +9,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +25,6 @@ from anchortp.errors import (
     WireError,
 )
 from anchortp.layout import (
-    FAMILIES,
     KV,
     KVAddresses,
     Layout,
@@ -73,7 +73,7 @@ class StatePlane:
         self.kv = KVAddresses(config=units.config, block_size=config.kv_block_size, num_blocks=config.kv_blocks)
         self._clients: dict[str, AnchorClient] = {}
         self._watched: dict[str, int] = {}  # a client that gave up has closed its descriptor itself
-        self._kv_slots: dict[str, int] = {}
+        self._slots: dict[str, Counter[str]] = {}  # by device and family: the slots that are committed
         self._num_kv_blocks = 0
         self._manifests: dict[str, Manifest] = {}  # of an earlier engine, as found by `open`
         self._ours = _Started(Path(config.runtime_dir))
@@ -135,13 +135,14 @@ class StatePlane:
             return None
         expected = {WEIGHTS_ARENA: self.weights.reserved_bytes}
         same_arena = expected.items() <= manifest.arenas.items()
-        if manifest.model != self._fingerprint or set(manifest.shards) != set(FAMILIES) or not same_arena:
+        if manifest.model != self._fingerprint or set(manifest.shards) != set(self._units.families) or not same_arena:
             log.info("%s holds another model (or other settings); it is loaded anew", device)
             return None
         shard = shard_from_dict(device, manifest.shards)
         if not any(shard.slots):
             return None
         self._manifests[device] = manifest
+        self._slots[device] = _counts(shard)
         return shard
 
     def found_kv(self) -> tuple[int, set[int]]:
@@ -160,7 +161,6 @@ class StatePlane:
     def keep_kv(self, num_kv_blocks: int) -> None:
         """The planes found are this engine's now."""
         self._num_kv_blocks = num_kv_blocks
-        self._kv_slots = {device: len(manifest.shards[KV]) for device, manifest in self._manifests.items()}
 
     def _gone(self, device: str, client: AnchorClient) -> None:
         if self._clients.get(device) is client:
@@ -297,48 +297,73 @@ class StatePlane:
 
     # ---------------------------------------------------------------------------------------- reserving
 
-    def reserve(
-        self, before: Layout, after: Layout, num_kv_blocks: int, fresh: tuple[str, ...], epoch: int
-    ) -> str | None:
-        """Commits every destination before a byte moves. Returns "" or the refusal, in words.
+    def reserve(self, staged: Layout, num_kv_blocks: int, fresh: tuple[str, ...], epoch: int) -> str | None:
+        """Commits every slot of `staged` before a byte moves. Returns "" or the refusal, in words.
 
         KV memory that the smaller number of blocks no longer needs is given back first. None: an anchor went
         away meanwhile; `on_gone` was called, which starts the recovery again.
         """
-        for shard in after.shards:
+        for shard in staged.shards:
             try:
-                self._reserve(before, shard, num_kv_blocks, shard.device in fresh, epoch)
+                self._reserve(shard, num_kv_blocks, shard.device in fresh, epoch)
             except BudgetExceeded as error:
                 return str(error)
             except WireError as error:
-                log.info("%s: its anchor went away while memory was reserved: %s", shard.device, error)
-                self._give_up(shard.device)
-                self._on_gone(shard.device)
+                self._went_away(shard.device, error)
                 return None
         self._num_kv_blocks = num_kv_blocks
         return ""
 
-    def _reserve(self, before: Layout, shard: Shard, num_kv_blocks: int, fresh: bool, epoch: int) -> None:
-        device = shard.device
-        client = self._clients.get(device)
-        if client is None:
+    def settle(self, layout: Layout, num_kv_blocks: int, epoch: int) -> bool:
+        """Gives back the memory of slots that `layout` does not use, and commits `num_kv_blocks` blocks of KV in the
+        others. False: an anchor went away meanwhile, as in `reserve`. Raises BudgetExceeded."""
+        for shard in layout.shards:
+            try:
+                self._release(shard, epoch)
+                self._reserve(shard, num_kv_blocks, False, epoch)
+            except WireError as error:
+                self._went_away(shard.device, error)
+                return False
+        self._num_kv_blocks = num_kv_blocks
+        return True
+
+    def _went_away(self, device: str, error: WireError) -> None:
+        log.info("%s: its anchor went away while memory was reserved: %s", device, error)
+        self._give_up(device)
+        self._on_gone(device)
+
+    def _client(self, device: str) -> AnchorClient:
+        if device not in self._clients:
             raise ChannelClosed(f"{device} has no anchor")
+        return self._clients[device]
+
+    def _reserve(self, shard: Shard, num_kv_blocks: int, fresh: bool, epoch: int) -> None:
+        device, client = shard.device, self._client(shard.device)
         if fresh:
             self._recreate(client, epoch)
-            self._kv_slots[device] = 0
+            self._slots[device] = Counter()
             client.commit(WEIGHTS_ARENA, [self.weights.replicated_range], epoch)
-        held = before[device] if device in before.devices and not fresh else None
-        slots = self._kv_slots.setdefault(device, 0)
+        have = self._slots.setdefault(device, Counter())
         if num_kv_blocks < self._num_kv_blocks:
-            client.decommit(KV_ARENA, self.kv.slot_ranges(0, slots, num_kv_blocks, self._num_kv_blocks), epoch)
-        ranges = [
-            r
-            for family in FAMILIES
-            for r in self.weights.slot_ranges(family, len(held[family]) if held else 0, len(shard[family]))
-        ]
-        client.commit(WEIGHTS_ARENA, ranges, epoch)
-        client.commit(KV_ARENA, self.kv.slot_ranges(0, len(shard[KV]), 0, num_kv_blocks), epoch)
-        self._kv_slots[device] = len(shard[KV])
+            unused = self.kv.slot_ranges(0, have[KV], num_kv_blocks, self._num_kv_blocks)
+            client.decommit(KV_ARENA, list(unused), epoch)
+        want = _counts(shard) | have
+        ranges = [r for f in self._units.families for r in self.weights.slot_ranges(f, have[f], want[f])]
+        if ranges:
+            client.commit(WEIGHTS_ARENA, ranges, epoch)
+        if want[KV] > have[KV] or num_kv_blocks > self._num_kv_blocks or fresh:
+            client.commit(KV_ARENA, list(self.kv.slot_ranges(0, want[KV], 0, num_kv_blocks)), epoch)
+        self._slots[device] = want
+
+    def _release(self, shard: Shard, epoch: int) -> None:
+        have, need = self._slots[shard.device], _counts(shard)
+        unused = [r for f in self._units.families for r in self.weights.slot_ranges(f, need[f], max(need[f], have[f]))]
+        if unused:
+            self._client(shard.device).decommit(WEIGHTS_ARENA, unused, epoch)
+        if have[KV] > need[KV]:
+            planes = self.kv.slot_ranges(need[KV], have[KV], 0, self._num_kv_blocks)
+            self._client(shard.device).decommit(KV_ARENA, list(planes), epoch)
+        self._slots[shard.device] = need
 
     def _recreate(self, client: AnchorClient, epoch: int) -> None:
         """New, empty arenas in place of whatever is there."""
@@ -369,7 +394,7 @@ class StatePlane:
             model=self._fingerprint,
             dtype=self._units.config.dtype,
             epoch=epoch,
-            shards={family: shard[family] for family in FAMILIES},
+            shards={family: shard[family] for family in self._units.families},
             arenas={WEIGHTS_ARENA: self.weights.reserved_bytes, KV_ARENA: self.kv.reserved_bytes},
             num_kv_blocks=num_kv_blocks,
             kv_block_size=self._config.kv_block_size,
@@ -384,13 +409,15 @@ class StatePlane:
         except ChannelClosed:
             pass  # its end is read as an event
 
-    def committed_ranges(self, shard: Shard) -> dict[str, list[tuple[int, int]]]:
-        """What is committed in each arena of a device: for the anchor that adopts them."""
+    def committed_ranges(self, device: str) -> dict[str, list[tuple[int, int]]]:
+        """What is committed in each arena of a device: for the anchor that adopts them. Empty: nothing yet."""
+        have = self._slots.get(device)
+        if not have:
+            return {}
         weights = [self.weights.replicated_range]
-        for family in FAMILIES:
-            weights += self.weights.slot_ranges(family, 0, len(shard[family]))
-        kv = self.kv.slot_ranges(0, self._kv_slots.get(shard.device, 0), 0, self._num_kv_blocks)
-        return {WEIGHTS_ARENA: weights, KV_ARENA: list(kv)}
+        for family in self._units.families:
+            weights += self.weights.slot_ranges(family, 0, have[family])
+        return {WEIGHTS_ARENA: weights, KV_ARENA: list(self.kv.slot_ranges(0, have[KV], 0, self._num_kv_blocks))}
 
     # ------------------------------------------------------------------------------------------- ending
 
@@ -402,6 +429,10 @@ class StatePlane:
         self._reap(STOP_TIMEOUT_S)
         for device in list(self._clients):
             self._close(device)
+
+
+def _counts(shard: Shard) -> Counter[str]:
+    return Counter({family: len(units) for family, units in shard.as_dict().items()})
 
 
 class _Started:

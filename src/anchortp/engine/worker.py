@@ -10,12 +10,14 @@ import contextlib
 import os
 import signal
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import msgspec
 import torch
 
 from anchortp.arena import MemfdArena
@@ -29,33 +31,42 @@ from anchortp.engine.sampler import Sampler
 from anchortp.errors import (
     AnchorTPError,
     ChannelClosed,
-    CheckpointError,
     GroupAborted,
     StateError,
     WireError,
 )
 from anchortp.layout import (
-    FAMILIES,
     KV,
     KVAddresses,
     Layout,
     ModelUnits,
     WeightAddresses,
+    empty_shard,
     model_units,
     shard_from_dict,
 )
-from anchortp.model import Decoder, ForwardBatch, KVCache, WeightViews, check_weights, packed
+from anchortp.model import Decoder, ForwardBatch, KVCache, WeightViews, check_weights, panels
+from anchortp.model.decoder import Gate
+from anchortp.plan.plan import FromHost, FromPeer, Move
+from anchortp.recovery.change import arrangement
 from anchortp.state.client import AnchorClient
 from anchortp.state.wire import Channel
 from anchortp.transfer.checkpoint import Checkpoint
-from anchortp.transfer.loader import load_replicated, load_units
+from anchortp.transfer.executor import Hooks, Load, Loaded, Progress
+from anchortp.transfer.faulty import Fault, FaultySource
+from anchortp.transfer.fingerprint import fingerprint
+from anchortp.transfer.packed import PackedColumns, Packer, open_packed
+from anchortp.transfer.queue import Failure
+from anchortp.transfer.sources import Destination, HostSource, PeerSource, Source
+from anchortp.transfer.work import EMBED_POSITION, Geometry, complete
+from anchortp.transfer.work import HOST as HOST_SOURCE
 
 WEIGHTS_ARENA, KV_ARENA = "weights", "kv"
 IDLE_TIMEOUT_S = 1e6  # an idle worker waits; it dies with the controller (PR_SET_PDEATHSIG)
 # The controller notices a missing peer long before, by pidfd or by the step deadline, and raises the abort flag.
 GROUP_TIMEOUT_S = 600.0
 ANCHOR_TIMEOUT_S = 5.0  # shorter than the controller waits for a worker to leave an epoch
-PROGRESS_EVERY_S = 0.05
+EXPERT_LOAD_EVERY_S = 1.0
 
 
 def worker_main(sock: socket.socket) -> None:
@@ -75,7 +86,7 @@ def worker_main(sock: socket.socket) -> None:
 
 def warm_up() -> None:
     """[zygote] Touches what the first step would otherwise pay for: kernels, and torch's lazy tables."""
-    packed.warm_up()
+    panels.warm_up()
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             x, w = torch.ones(8, 64, dtype=dtype), torch.ones(64, 64, dtype=dtype)
@@ -92,6 +103,7 @@ class _Assignment:
     device: str
     units: ModelUnits
     weights: WeightAddresses
+    geometry: Geometry
     kv: KVAddresses
     anchor: AnchorClient
     probe: FaultProbe
@@ -105,19 +117,30 @@ class Worker:
         self._assignment: _Assignment | None = None
         self._arenas: dict[str, tuple[MemfdArena, torch.Tensor]] = {}
         self._checkpoint: Checkpoint | None = None
+        self._load: Load | None = None
+        self._load_ticket: int | None = None
+        self._packed: PackedColumns | None = None
+        self._packer: Packer | None = None
+        self._packing = threading.Lock()  # a load's end and a group's begin may both start the packer
+        self._rates: dict[str, float] = {}  # bytes per second of links, by the last load that used them
+        self._sending = threading.Lock()  # a load's threads speak too
         self._region: ShmRegion | None = None
         self._group: Group | None = None
         self._decoder: Decoder | None = None
-        self._kv_heads: tuple[int, ...] = ()
+        self._shard = empty_shard("")  # of this device in the present group
         self._mapped_mirror: tuple[str, torch.Tensor] | None = None
         self._sampler = Sampler()
+        self._next_expert_load_s = 0.0
 
     def serve(self) -> None:
         handlers: dict[type, Callable[..., None]] = {
             m.Assign: self._attach,
             m.LeaveEpoch: self._leave,
-            m.LoadUnits: self._load,
+            m.LoadUnits: self._start_load,
+            m.CancelLoad: self._cancel_load,
+            m.ArrangeUnits: self._arrange,
             m.FormGroup: self._form,
+            m.ShareExperts: self._share,
             m.RunStep: self._run_step,
             m.MoveBlocks: self._move_blocks,
             m.RestorePlanes: self._restore_planes,
@@ -138,34 +161,40 @@ class Worker:
 
     def _attach(self, order: m.Assign) -> None:
         torch.set_num_threads(order.num_threads)
-        # One Hugging Face folder, two dtypes: the order says which one the arenas hold.
-        config = replace(load_model_config(order.model_folder, order.dtype), packed_weights=order.packed_weights)
+        # One Hugging Face folder, several ways to serve it: the order says what the arenas hold.
+        config = replace(load_model_config(order.model_folder, order.dtype, order.expert_cut), panels=order.panels)
         units = model_units(config)
         anchor = _connect_anchor(order)
         anchor.lease(order.epoch)
         self._epoch = order.epoch
         probe = FaultProbe(order.strikes, order.runtime_dir, lambda kind: _inject(order, kind))
+        addresses = WeightAddresses(units=units)
         self._assignment = _Assignment(
             device=order.device,
             units=units,
-            weights=WeightAddresses(units=units),
+            weights=addresses,
+            geometry=Geometry(addresses),
             kv=KVAddresses(config=config, block_size=order.kv_block_size, num_blocks=order.kv_blocks),
             anchor=anchor,
             probe=probe,
             order=order,
         )
+        if order.packed_folder:
+            name = f"{fingerprint(order.model_folder, config)}-{config.expert_cut}"
+            self._packed = open_packed(Path(order.packed_folder, name), self._assignment.geometry)
         probe.at("attach")
-        self._channel.send(m.WorkerAttached(device=order.device, epoch=order.epoch))
+        self._send(m.WorkerAttached(device=order.device, epoch=order.epoch))
 
     def _leave(self, order: m.LeaveEpoch) -> None:
         a = self._assigned()
         a.probe.at("leave")
+        self._stop_load()
         self._epoch = order.epoch
         self._dissolve()
         # Without an anchor (it crashed, or is stuck) there is no lease to renew: HandOver follows.
         with contextlib.suppress(WireError):
             a.anchor.lease(order.epoch)
-        self._channel.send(m.EpochLeft(epoch=order.epoch))
+        self._send(m.EpochLeft(epoch=order.epoch))
 
     def _hand_over(self, order: m.HandOver) -> None:
         """The device's new anchor takes over the memory that this process kept alive."""
@@ -174,7 +203,7 @@ class Worker:
         missing = [name for name in order.ranges if name not in self._arenas]
         if missing:  # the memory that nobody had mapped went with its anchor
             reason = f"{', '.join(missing)} not mapped by the worker yet"
-            self._channel.send(m.HandedOver(ok=False, reason=reason))
+            self._send(m.HandedOver(ok=False, reason=reason))
             return
         try:
             a.anchor = _connect_anchor(a.order)
@@ -182,53 +211,146 @@ class Worker:
             for name, (arena, _) in self._arenas.items():
                 a.anchor.adopt_arena(arena, order.ranges.get(name, ()), order.epoch)
         except AnchorTPError as error:
-            self._channel.send(m.HandedOver(ok=False, reason=str(error)))
+            self._send(m.HandedOver(ok=False, reason=str(error)))
             return
-        self._channel.send(m.HandedOver(ok=True))
+        self._send(m.HandedOver(ok=True))
 
     # ------------------------------------------------------------------------------------------- loading
 
-    def _load(self, order: m.LoadUnits) -> None:
+    def _start_load(self, order: m.LoadUnits) -> None:
+        """The load runs on threads of its own from here on."""
         if order.epoch != self._epoch:
             return
-        a, began_s = self._assigned(), time.monotonic()
-        before = shard_from_dict(a.device, order.before)
-        after = shard_from_dict(a.device, order.after)
-        items = [
-            (family, after[family][slot], slot)
-            for family in FAMILIES
-            for slot in range(len(before[family]), len(after[family]))
-        ]
-        total = sum(a.units.unit_bytes[family] for family, _, _ in items)
-        progress = _Progress(self._channel, order.epoch, total + order.fresh * a.units.replicated_bytes)
-        try:
+        self._stop_load()
+        a = self._assigned()
+        before, after = shard_from_dict(a.device, order.before), shard_from_dict(a.device, order.after)
+        moves = complete(a.geometry, a.device, before, after, [_move(a.device, p) for p in order.pieces], order.fresh)
+        buffer = self._mapped(WEIGHTS_ARENA)
+        hooks = Hooks(
+            open_source=self._source,
+            on_progress=lambda progress: self._send(_load_progress(order, progress)),
+            on_end=lambda result: self._load_ended(order, result),
+            before_chunk=(lambda: a.probe.at("load")) if a.probe else (lambda: None),
+        )
+        self._load = Load(
+            a.geometry,
+            a.geometry.chunks(moves),
+            Destination(self._arenas[WEIGHTS_ARENA][0], buffer),
+            hooks,
+            expected=order.sums,
+            pace=order.pace,
+            rates=self._rates,
+        )
+        self._load_ticket = order.ticket
+        self._load.start()
+
+    def _load_ended(self, order: m.LoadUnits, result: Loaded | Failure) -> None:
+        """[a thread of the load]"""
+        if isinstance(result, Failure):
+            refused = m.LoadRefused(epoch=order.epoch, ticket=order.ticket, reason=result.reason, device=result.device)
+            self._send(refused)
+            return
+        self._rates |= {link: rate for link, (_, rate) in result.links.items()}
+        done = m.LoadDone(
+            epoch=order.epoch,
+            ticket=order.ticket,
+            num_bytes=result.num_bytes,
+            peer_bytes=result.peer_bytes,
+            seconds=result.seconds,
+            sums=result.sums,
+            links=result.links,
+            rerouted=list(result.rerouted),
+        )
+        self._send(done)
+        self._start_packer()
+
+    def _cancel_load(self, order: m.CancelLoad) -> None:
+        if order.ticket == self._load_ticket:
+            self._stop_load()
+        self._send(m.LoadCancelled(ticket=order.ticket))
+
+    def _stop_load(self) -> None:
+        """The arena is neither written nor read any more but by this thread. Raises StateError if that cannot be
+        promised."""
+        if self._load is not None:
+            self._load.cancel()
+        self._load, self._load_ticket = None, None
+        if self._packer is not None:
+            self._packer.stop()
+        self._packer = None
+
+    def _start_packer(self) -> None:
+        """Once the group's weights are whole."""
+        with self._packing:
+            waits = self._group is None or (self._load is not None and not self._load.is_whole)
+            if self._packed is None or self._packer is not None or waits:
+                return
+            buffer = self._arenas[WEIGHTS_ARENA][1]
+            self._packer = Packer(self._packed, self._assigned().geometry, self._shard, buffer)
+            self._packer.start()
+
+    def _source(self, name: str) -> Source:
+        """[a thread of the load] The host's checkpoint, or the weights arena of a device."""
+        a = self._assigned()
+        if name == HOST_SOURCE:
             if self._checkpoint is None:
                 check_weights(a.units)
                 self._checkpoint = Checkpoint.open(Path(a.order.model_folder), a.units)
-            buffer = self._mapped(WEIGHTS_ARENA)
-            num_bytes = 0
-            if order.fresh:
-                num_bytes += load_replicated(self._checkpoint, buffer, a.weights)
-            num_bytes += load_units(
-                self._checkpoint,
-                buffer,
-                a.weights,
-                items,
-                on_progress=progress.add,
-                check=lambda: a.probe.at("load"),
-            )
-        except CheckpointError as error:
-            self._channel.send(m.LoadRefused(epoch=order.epoch, reason=str(error)))
+            source: Source = HostSource(self._checkpoint, self._packed)
+        elif name == a.device:
+            arena, _ = self._arenas[WEIGHTS_ARENA]
+            source = PeerSource(name, arena, is_gone=lambda: False, on_close=lambda: None)
+        else:
+            source = self._peer(name)
+        strike = a.probe.on_source(name)
+        if strike is None:
+            return source
+        fault = Fault(kind=strike.kind, at_byte=strike.at_byte, times=strike.times)
+        return FaultySource(source, fault, on_fire=lambda: a.probe.record(strike))
+
+    def _peer(self, device: str) -> PeerSource:
+        order = self._assigned().order
+        # The connection is kept: it ends when the anchor does, and then its memory is not to be believed.
+        client = AnchorClient.connect(order.runtime_dir, device, role="tool", timeout_s=ANCHOR_TIMEOUT_S)
+        try:
+            arena = client.open_arena(WEIGHTS_ARENA, self._epoch)
+        except BaseException:
+            client.close()
+            raise
+
+        def close() -> None:
+            arena.close()
+            client.close()
+
+        return PeerSource(device, arena, is_gone=client.is_gone, on_close=close)
+
+    def _arrange(self, order: m.ArrangeUnits) -> None:
+        """Closes the slots of units that were given up. Nobody computes meanwhile; no copy overwrites a source."""
+        if order.epoch != self._epoch:
             return
-        seconds = time.monotonic() - began_s
-        self._channel.send(m.LoadDone(epoch=order.epoch, num_bytes=num_bytes, seconds=seconds))
+        a = self._assigned()
+        a.probe.at("arrange")
+        before, after = shard_from_dict(a.device, order.before), shard_from_dict(a.device, order.after)
+        steps = arrangement(before, after)
+        weights = self._mapped(WEIGHTS_ARENA)
+        for family, source, target in steps:
+            for (start, stop), (to, _) in zip(
+                a.weights.slot_ranges(family, source, source + 1),
+                a.weights.slot_ranges(family, target, target + 1),
+                strict=True,
+            ):
+                weights[to : to + stop - start] = weights[start:stop]
+        moved = [after[KV][target] for family, _, target in steps if family == KV]
+        if moved and order.blocks:
+            self._blocks(after[KV]).copy_from(self._mapped(KV_ARENA), before[KV], order.blocks, moved)
+        self._send(m.UnitsArranged(epoch=order.epoch))
 
     # ------------------------------------------------------------------------------------- the cache's blocks
 
     def _move_blocks(self, order: m.MoveBlocks) -> None:
         if order.epoch == self._epoch:
             self._blocks(order.heads).move(order.pairs)
-            self._channel.send(m.BlocksMoved(epoch=order.epoch))
+            self._send(m.BlocksMoved(epoch=order.epoch))
 
     def _restore_planes(self, order: m.RestorePlanes) -> None:
         """Fills planes that are new here. Nobody computes meanwhile, so no source changes under the copy."""
@@ -247,10 +369,10 @@ class Worker:
                 mirror = self._mirror(order.mirror_id)
                 restored = blocks.restore(mirror, order.pairs, order.from_mirror)
         except (StateError, WireError) as error:
-            self._channel.send(m.PlanesRestored(epoch=order.epoch, ok=False, reason=str(error)))
+            self._send(m.PlanesRestored(epoch=order.epoch, ok=False, reason=str(error)))
             return
         done = m.PlanesRestored(epoch=order.epoch, ok=True, copied_bytes=copied, restored_bytes=restored)
-        self._channel.send(done)
+        self._send(done)
 
     def _save_blocks(self, order: m.SaveBlocks) -> None:
         """Runs between two steps: what the next one overwrites has been copied by then."""
@@ -259,11 +381,11 @@ class Worker:
         a = self._assigned()
         a.probe.at("save")
         try:
-            self._blocks(self._kv_heads).save(self._mirror(order.mirror_id), order.pairs, order.heads)
+            self._blocks(self._shard[KV]).save(self._mirror(order.mirror_id), order.pairs, order.heads)
         except (StateError, WireError):
-            self._channel.send(m.BlocksSaved(ticket=order.ticket, ok=False))
+            self._send(m.BlocksSaved(ticket=order.ticket, ok=False))
             return
-        self._channel.send(m.BlocksSaved(ticket=order.ticket, ok=True))
+        self._send(m.BlocksSaved(ticket=order.ticket, ok=True))
 
     def _blocks(self, heads: Sequence[int]) -> KVBlocks:
         return KVBlocks(self._mapped(KV_ARENA), self._assigned().kv, tuple(heads))
@@ -303,14 +425,21 @@ class Worker:
         except GroupAborted:
             return
         shard = layout[a.device]
-        self._kv_heads = shard[KV]
+        self._shard = shard
         weights = WeightViews(self._mapped(WEIGHTS_ARENA), a.weights, shard)
         kv_cache = KVCache(self._mapped(KV_ARENA), a.kv, shard)
         if self._decoder is None:
             self._decoder = Decoder(a.units, layout, rank, weights, kv_cache, a.order.max_model_len)
         else:
             self._decoder.rebind(layout, rank, weights, kv_cache)
-        self._channel.send(m.GroupFormed(epoch=order.epoch))
+        if self._decoder.moe is not None and order.parts is not None:
+            self._decoder.moe.share(order.parts)
+        self._send(m.GroupFormed(epoch=order.epoch))
+        self._start_packer()
+
+    def _share(self, order: m.ShareExperts) -> None:
+        if order.epoch == self._epoch and self._decoder is not None and self._decoder.moe is not None:
+            self._decoder.moe.share(order.parts)
 
     def _make_group(self, rank: int) -> Group:
         a = self._assigned()
@@ -333,17 +462,39 @@ class Worker:
         try:
             with torch.inference_mode():
                 forward = ForwardBatch.build(batch.seqs, a.order.kv_block_size)
-                logits = self._decoder.forward(forward, self._group)
+                logits = self._decoder.forward(forward, self._group, self._gate())
         except GroupAborted:
             return
         if logits is not None:
             sampling = [seq for seq in batch.seqs if seq.sample]
             tokens = self._sampler.sample(logits, sampling)
             sampled = {seq.request_id: token for seq, token in zip(sampling, tokens, strict=True)}
-            self._channel.send(m.StepDone(epoch=order.epoch, step=batch.step, sampled=sampled))
+            load = self._expert_load(self._decoder)
+            self._send(m.StepDone(epoch=order.epoch, step=batch.step, sampled=sampled, expert_load=load))
         a.probe.at("between")
 
+    def _gate(self) -> Gate | None:
+        """Makes a step wait for the weights that it needs and that are still on their way; None if none are."""
+        load, region, geometry = self._load, self._region, self._assigned().geometry
+        if load is None or load.is_whole or not load.writes_to(self._shard):
+            return None
+        assert region is not None
+        load.wait(EMBED_POSITION, region.check, region.epoch)
+        return lambda layer: load.wait(geometry.position_of_layer(layer), region.check, region.epoch)
+
+    def _expert_load(self, decoder: Decoder) -> bytes:
+        """What StepDone carries: at most every `EXPERT_LOAD_EVERY_S`, else nothing."""
+        now_s = time.monotonic()
+        if decoder.moe is None or now_s < self._next_expert_load_s:
+            return b""
+        self._next_expert_load_s = now_s + EXPERT_LOAD_EVERY_S
+        return decoder.moe.take_load()
+
     # ------------------------------------------------------------------------------------------- helpers
+
+    def _send(self, message: msgspec.Struct) -> None:
+        with self._sending:
+            self._channel.send(message)
 
     def _assigned(self) -> _Assignment:
         assert self._assignment is not None, "the controller sent work before Assign"
@@ -386,19 +537,29 @@ class _ProbedGroup:
         self._group.barrier()
 
 
-class _Progress:
-    """Tells the controller how far a load is, at most every `PROGRESS_EVERY_S`."""
+def _move(device: str, piece: m.LoadPiece) -> Move:
+    source = FromPeer(device=piece.source, slot=piece.source_slot) if piece.source else FromHost()
+    return Move(
+        device=device,
+        family=piece.family,
+        unit=piece.unit,
+        slot=piece.slot,
+        source=source,
+        num_bytes=piece.num_bytes,
+        num_units=piece.num_units,
+        first_byte=piece.first_byte,
+        route=(piece.link,) if piece.link else (),
+    )
 
-    def __init__(self, channel: Channel, epoch: int, total_bytes: int):
-        self._channel, self._epoch, self._total = channel, epoch, total_bytes
-        self._num_bytes, self._next_s = 0, 0.0
 
-    def add(self, num_bytes: int) -> None:
-        self._num_bytes += num_bytes
-        now_s = time.monotonic()
-        if now_s >= self._next_s:
-            self._next_s = now_s + PROGRESS_EVERY_S
-            self._channel.send(m.LoadProgress(epoch=self._epoch, num_bytes=self._num_bytes, total_bytes=self._total))
+def _load_progress(order: m.LoadUnits, progress: Progress) -> m.LoadProgress:
+    return m.LoadProgress(
+        epoch=order.epoch,
+        ticket=order.ticket,
+        num_bytes=progress.num_bytes,
+        total_bytes=progress.total_bytes,
+        links=progress.links,
+    )
 
 
 def _connect_anchor(order: m.Assign) -> AnchorClient:

@@ -1,6 +1,6 @@
 """Where every byte of a shard lies in its arena. Pure arithmetic; the same on every device.
 
-Each (tensor, layer) has a region large enough for *all* units of the model. Address space costs nothing: an
+Each copy of a tensor has a region large enough for *all* units of the model. Address space costs nothing: an
 arena commits pages only where slots are filled. So a shard can grow up to the whole model, and no slot that is
 in use ever changes its address.
 """
@@ -38,9 +38,9 @@ class WeightAddresses:
         replicated_end = end
         for tensor in self.units.tensors:
             capacity = self.units.num_units[tensor.family] * self.units.block_bytes(tensor)
-            for layer in range(self.units.num_copies(tensor)):
+            for copy in range(self.units.num_copies(tensor)):
                 end = _align(end)
-                offsets[tensor.key, layer] = end
+                offsets[tensor.key, copy] = end
                 end += capacity
         return offsets, replicated_end, _align(end)
 
@@ -58,24 +58,24 @@ class WeightAddresses:
             elements *= extent
         return elements * self.units.config.dtype_bytes
 
-    def offset(self, key: str, layer: int = 0) -> int:
-        """Byte offset of the region of tensor `key` in `layer` (0 for those that occur once)."""
-        return self._table[0][key, layer]
+    def offset(self, key: str, copy: int = 0) -> int:
+        """Byte offset of the region of one copy of tensor `key` (`ModelUnits.num_copies`; mostly the layer)."""
+        return self._table[0][key, copy]
 
-    def block(self, tensor: UnitTensor, layer: int, slot: int) -> Range:
+    def block(self, tensor: UnitTensor, copy: int, slot: int) -> Range:
         """The bytes of one unit's block."""
         size = self.units.block_bytes(tensor)
-        start = self.offset(tensor.key, layer) + slot * size
+        start = self.offset(tensor.key, copy) + slot * size
         return (start, start + size)
 
     def slot_ranges(self, family: str, start: int, stop: int) -> Iterator[Range]:
-        """All bytes of slots `[start, stop)` of a family: one range per tensor and layer."""
+        """All bytes of slots `[start, stop)` of a family: one range per copy of a tensor."""
         if start == stop:
             return
         for tensor in self.units.tensors:
             if tensor.family == family:
-                for layer in range(self.units.num_copies(tensor)):
-                    yield (self.block(tensor, layer, start)[0], self.block(tensor, layer, stop - 1)[1])
+                for copy in range(self.units.num_copies(tensor)):
+                    yield (self.block(tensor, copy, start)[0], self.block(tensor, copy, stop - 1)[1])
 
     def committed_bytes(self, shard: Shard) -> int:
         """Bytes of the pages that the shard's slots and the replicated tensors touch: what a budget counts."""

@@ -1,14 +1,19 @@
 """What a model is made of: unit families, and how a unit's tensors lie in a checkpoint and in an arena.
 
 Nothing else in the project knows how a tensor is cut. A *unit* is the smallest slice that moves; it spans all
-layers. Storage is unit-major: the tensor of one layer is the concatenation of its units' blocks in slot order,
-each block `[rows, hidden]` with the hidden axis last. Row-parallel weights (attention output, MLP down) are cut
-along their columns in a checkpoint and stored transposed, so that here too a shard grows by appending rows.
+layers, unless it is an expert of one layer. Storage is unit-major: a copy of a tensor (one per layer, say) is the
+concatenation of its units' blocks in slot order, each block `[rows, hidden]` with the hidden axis last.
+Row-parallel weights (attention output, MLP down) are cut along their columns in a checkpoint and stored
+transposed, so that here too a shard grows by appending rows.
+
+Experts can be cut in two ways. As units of family expert: then their tensors have one copy, a pool of slots, each
+for any expert of any layer. Or as columns: then a unit of family mlp is a block of columns of every expert of
+every layer, and the tensors have a copy per layer and expert.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
@@ -33,7 +38,10 @@ _PANEL_KEYS = ("q", "kv", "gate_up", "lm_head")
 
 class UnitCatalog(Protocol):
     """What a layout or a plan must know about a model: how many units of which size. `ModelUnits` is one; a
-    family that a model lacks has 0 units or is not in the mappings."""
+    family that a model lacks has 0 units or is not in the mappings, and is not among `families`."""
+
+    @property
+    def families(self) -> tuple[str, ...]: ...
 
     @property
     def num_units(self) -> Mapping[str, int]: ...
@@ -55,8 +63,9 @@ class UnitCatalog(Protocol):
 class Source:
     """Where one part of a unit's block lies in the checkpoint.
 
-    `name` may hold `{layer}`. Unit u owns indices `[u*extent, (u+1)*extent)` of axis `axis`; axis 1 is stored
-    transposed. Indices beyond the checkpoint tensor's end are padding (zeros).
+    `name` may hold `{layer}` and `{expert}`. Unit u owns indices `[u*extent, (u+1)*extent)` of axis `axis` (an
+    expert that is a unit all of them); axis 1 is stored transposed. Indices beyond the checkpoint tensor's end are
+    padding (zeros).
     """
 
     name: str
@@ -66,13 +75,14 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitTensor:
-    """A tensor of one family: per layer and unit a block of `rows` x `hidden` elements, its parts stacked."""
+    """A tensor of one family: per copy and unit a block of `rows` x `hidden` elements, its parts stacked."""
 
     key: str
     family: str
     rows: int
     parts: tuple[Source, ...]
     per_layer: bool = True
+    per_expert: bool = False  # and per layer: copy layer * num_experts + expert
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,42 +109,59 @@ class ModelUnits:
     @cached_property
     def num_units(self) -> dict[str, int]:
         c = self.config
-        return {
+        units = {
             ATTENTION: c.num_q_heads,
             KV: c.num_kv_heads,
-            MLP: c.mlp_width // self.mlp_block,
+            MLP: (c.moe.width if c.moe else c.mlp_width) // self.mlp_block,
             VOCAB: -(-c.vocab_size // self.vocab_block),
         }
+        if c.moe and c.moe.cut == "experts":
+            units |= {MLP: 0, EXPERT: c.num_layers * c.moe.num_experts}
+        return units
+
+    @cached_property
+    def families(self) -> tuple[str, ...]:
+        """The families that this model has units of."""
+        return tuple(family for family, count in self.num_units.items() if count)
 
     @cached_property
     def tensors(self) -> tuple[UnitTensor, ...]:
-        c, layer = self.config, "model.layers.{layer}."
-        attn, mlp = layer + "self_attn.", layer + "mlp."
-
-        def rows(name: str, extent: int) -> Source:
-            return Source(name=name, axis=0, extent=extent)
-
-        def columns(name: str, extent: int) -> Source:
-            return Source(name=name, axis=1, extent=extent)
-
-        hd, mb, vb = c.head_dim, self.mlp_block, self.vocab_block
-        q, o = rows(attn + "q_proj.weight", hd), columns(attn + "o_proj.weight", hd)
-        k, v = rows(attn + "k_proj.weight", hd), rows(attn + "v_proj.weight", hd)
-        gate, up = rows(mlp + "gate_proj.weight", mb), rows(mlp + "up_proj.weight", mb)
-        down = columns(mlp + "down_proj.weight", mb)
+        c, hd, vb = self.config, self.config.head_dim, self.vocab_block
+        q, k, v, o = (f"model.layers.{{layer}}.self_attn.{name}_proj.weight" for name in "qkvo")
         tensors = [
-            UnitTensor(key="q", family=ATTENTION, rows=hd, parts=(q,)),
-            UnitTensor(key="o", family=ATTENTION, rows=hd, parts=(o,)),
-            UnitTensor(key="kv", family=KV, rows=2 * hd, parts=(k, v)),
-            UnitTensor(key="gate_up", family=MLP, rows=2 * mb, parts=(gate, up)),
-            UnitTensor(key="down", family=MLP, rows=mb, parts=(down,)),
+            UnitTensor(key="q", family=ATTENTION, rows=hd, parts=(_rows(q, hd),)),
+            UnitTensor(key="o", family=ATTENTION, rows=hd, parts=(_columns(o, hd),)),
+            UnitTensor(key="kv", family=KV, rows=2 * hd, parts=(_rows(k, hd), _rows(v, hd))),
+            *self._mlp_tensors(),
         ]
         vocab = {"embed": "model.embed_tokens.weight"}
         if not c.tie_embeddings:
             vocab["lm_head"] = "lm_head.weight"
         for key, name in vocab.items():
-            tensors.append(UnitTensor(key=key, family=VOCAB, rows=vb, parts=(rows(name, vb),), per_layer=False))
+            tensors.append(UnitTensor(key=key, family=VOCAB, rows=vb, parts=(_rows(name, vb),), per_layer=False))
         return tuple(tensors)
+
+    def _mlp_tensors(self) -> tuple[UnitTensor, UnitTensor]:
+        """gate_up and down, of the MLP or of the experts."""
+        moe, mb = self.config.moe, self.mlp_block
+        names = ("gate_proj", "up_proj", "down_proj")
+        if moe is not None:
+            expert_names = ("w1", "w3", "w2") if self.config.architecture == "mixtral" else names
+            names = tuple(f"experts.{{expert}}.{name}" for name in expert_names)
+        gate, up, down = (f"model.layers.{{layer}}.{self._mlp_name}.{name}.weight" for name in names)
+        in_pool = moe is not None and moe.cut == "experts"
+        family, per_expert = EXPERT if in_pool else MLP, moe is not None and not in_pool
+
+        def tensor(key: str, rows: int, *parts: Source) -> UnitTensor:
+            return UnitTensor(
+                key=key, family=family, rows=rows, parts=parts, per_layer=not in_pool, per_expert=per_expert
+            )
+
+        return tensor("gate_up", 2 * mb, _rows(gate, mb), _rows(up, mb)), tensor("down", mb, _columns(down, mb))
+
+    @property
+    def _mlp_name(self) -> str:
+        return "block_sparse_moe" if self.config.architecture == "mixtral" else "mlp"
 
     @cached_property
     def replicated(self) -> tuple[ReplicatedTensor, ...]:
@@ -148,28 +175,74 @@ class ModelUnits:
             for key in ("q_norm", "k_norm"):
                 name = f"{layer}self_attn.{key}.weight"
                 tensors.append(ReplicatedTensor(key=key, name=name, shape=(c.head_dim,)))
+        if c.moe is not None:
+            name, shape = f"{layer}{self._mlp_name}.gate.weight", (c.moe.num_experts, c.hidden_size)
+            tensors.append(ReplicatedTensor(key="router", name=name, shape=shape))
         final = ReplicatedTensor(key="final_norm", name="model.norm.weight", shape=(c.hidden_size,))
         return (*tensors, final)
 
-    def is_packed(self, tensor: UnitTensor) -> bool:
-        """Whether its blocks are made of panels. A tied embedding is its lm_head."""
+    def in_panels(self, tensor: UnitTensor) -> bool:
+        """Whether its blocks are made of panels. A tied embedding is its lm_head; experts' are plain."""
         c = self.config
         wanted = tensor.key in _PANEL_KEYS or (tensor.key == "embed" and c.tie_embeddings)
+        if tensor.key == "gate_up" and c.moe is not None:
+            return False
         fits = tensor.rows % PANEL_ROWS == 0 and c.hidden_size % PANEL_COLUMNS == 0
-        return c.packed_weights and wanted and fits
+        return c.panels and wanted and fits
 
     def block_bytes(self, tensor: UnitTensor) -> int:
-        """Bytes of one unit's block of `tensor` in one layer."""
+        """Bytes of one unit's block in one copy of `tensor`."""
         return tensor.rows * self.config.hidden_size * self.config.dtype_bytes
 
     def num_copies(self, tensor: UnitTensor | ReplicatedTensor) -> int:
-        """In how many layers the tensor occurs (1 for embeddings and the last norm)."""
+        """How often the tensor occurs: once for embeddings, the last norm and the pool of experts, else in every
+        layer; where columns are cut out of every expert, once per layer and expert."""
+        if isinstance(tensor, UnitTensor) and tensor.per_expert:
+            return self.config.num_layers * self._num_experts
         return self.config.num_layers if tensor.per_layer else 1
+
+    def copies_in_layer(self, tensor: UnitTensor, layer: int) -> range:
+        """Of a tensor that is per layer: its copies in `layer`."""
+        each = self.num_copies(tensor) // self.config.num_layers
+        return range(layer * each, (layer + 1) * each)
+
+    def stored_at(self, tensor: UnitTensor, part: Source, copy: int, unit: int) -> tuple[str, int]:
+        """The checkpoint tensor that holds `part` of a unit's block in one copy, and the index where it begins."""
+        if tensor.family == EXPERT:
+            return self._stored_name(part, unit), 0
+        return self._stored_name(part, copy if tensor.per_expert else copy * self._num_experts), unit * part.extent
+
+    def stored_tensors(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape in elements of every checkpoint tensor that the units are made of."""
+        for tensor in self.tensors:
+            for part in tensor.parts:
+                shape = self._stored_shape(tensor, part)
+                for copy in range(self.num_copies(tensor)):
+                    for unit in range(self.num_units[EXPERT]) if tensor.family == EXPERT else (0,):
+                        yield self.stored_at(tensor, part, copy, unit)[0], shape
+        for replicated in self.replicated:
+            for layer in range(self.num_copies(replicated)):
+                yield replicated.name.format(layer=layer), replicated.shape
+
+    @property
+    def _num_experts(self) -> int:
+        return self.config.moe.num_experts if self.config.moe else 1
+
+    def _stored_name(self, part: Source, expert: int) -> str:
+        layer, expert = divmod(expert, self._num_experts)
+        return part.name.format(layer=layer, expert=expert)
+
+    def _stored_shape(self, tensor: UnitTensor, part: Source) -> tuple[int, int]:
+        # Only the vocabulary may end within a unit; the rest of its last unit is padding.
+        extent = self.config.vocab_size
+        if tensor.family != VOCAB:
+            extent = part.extent * (1 if tensor.family == EXPERT else self.num_units[tensor.family])
+        return (extent, self.config.hidden_size) if part.axis == 0 else (self.config.hidden_size, extent)
 
     @cached_property
     def unit_bytes(self) -> dict[str, int]:
-        """Bytes of one unit of each family, all its tensors and layers."""
-        sizes = dict.fromkeys(FAMILIES, 0)
+        """Bytes of one unit of each family, all its tensors and copies."""
+        sizes = dict.fromkeys(self.num_units, 0)
         for tensor in self.tensors:
             sizes[tensor.family] += self.block_bytes(tensor) * self.num_copies(tensor)
         return sizes
@@ -186,23 +259,38 @@ class ModelUnits:
 
     @cached_property
     def total_bytes(self) -> int:
-        sharded = sum(self.num_units[f] * self.unit_bytes[f] for f in FAMILIES)
+        sharded = sum(self.num_units[f] * self.unit_bytes[f] for f in self.families)
         return sharded + self.replicated_bytes
 
     def num_groups(self, family: str) -> int:
-        return 1
+        return self.config.num_layers if family == EXPERT else 1
 
     def kv_head_of(self, q_head: int) -> int:
         """The KV head (unit of family kv) that q head reads."""
         return q_head // self.config.q_heads_per_kv
 
 
+def _rows(name: str, extent: int) -> Source:
+    return Source(name=name, axis=0, extent=extent)
+
+
+def _columns(name: str, extent: int) -> Source:
+    return Source(name=name, axis=1, extent=extent)
+
+
 def model_units(config: ModelConfig) -> ModelUnits:
     """Cuts a model into units. Blocks are as wide as kernels like, but never so wide that the finest degree of
-    tensor parallelism (one q head a device) would leave a device without an MLP block that it could have."""
+    tensor parallelism (one q head a device) would leave a device without an MLP block that it could have. Where
+    experts are units, an expert is one block."""
+    if config.moe is None:
+        mlp_block = _block(config.mlp_width, config.num_q_heads)
+    elif config.moe.cut == "columns":
+        mlp_block = _block(config.moe.width, config.num_q_heads)
+    else:
+        mlp_block = config.moe.width
     return ModelUnits(
         config=config,
-        mlp_block=_block(config.mlp_width, config.num_q_heads),
+        mlp_block=mlp_block,
         vocab_block=_vocab_block(config.vocab_size, config.num_q_heads),
     )
 

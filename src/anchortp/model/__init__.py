@@ -1,4 +1,4 @@
-"""The forward pass on units: one decoder for the Llama and Qwen3 families, over memory that others own."""
+"""The forward pass on units: one decoder for Llama, Qwen3 and their mixtures of experts, over memory of others."""
 
 from anchortp.model.batch import BatchEntry, DecodeGroup, ForwardBatch, PrefillChunk
 from anchortp.model.decoder import Decoder

@@ -7,7 +7,7 @@ residual stream is in the model's dtype, norms are computed in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol
@@ -19,7 +19,8 @@ from torch import Tensor
 from anchortp.layout import ATTENTION, KV, VOCAB, Layout, ModelUnits, Shard
 from anchortp.model.batch import DecodeGroup, ForwardBatch, PrefillChunk
 from anchortp.model.kv_cache import KVCache
-from anchortp.model.packed import linear
+from anchortp.model.moe import MoE
+from anchortp.model.panels import linear
 from anchortp.model.rope import RopeTables
 from anchortp.model.weights import LayerWeights, WeightViews
 
@@ -27,6 +28,10 @@ from anchortp.model.weights import LayerWeights, WeightViews
 # is touched. With explicit matmuls this took 2.4 ms for 512 tokens of 9 heads in bf16 on one thread, against
 # 7.6 ms for torch's fused attention on CPU.
 TILE_QUERIES = 64
+
+# For weights that are still on their way. Called before each layer (its number) and before the logits (the number of
+# layers): returns once those weights may be used, or raises. The embedding must be there before the pass begins.
+Gate = Callable[[int], None]
 
 
 class ReduceGroup(Protocol):
@@ -78,7 +83,7 @@ class _Step:
 
 
 class Decoder:
-    """Llama and Qwen3 over one shard. Holds views and small index tables, no weights of its own."""
+    """Llama, Qwen3, Mixtral and Qwen3-MoE over one shard. Holds views and small index tables, no weights of its own."""
 
     def __init__(
         self,
@@ -108,22 +113,29 @@ class Decoder:
         self._local_row = _local_rows(self.units, shard)
         self._vocab_units = tuple(torch.tensor(s[VOCAB], dtype=torch.int64) for s in layout.shards)
         self._vocab_ordered = all(a < b for a, b in pairwise(u for s in layout.shards for u in s[VOCAB]))
+        self.moe = MoE(self.units, layout, rank, weights) if self.config.moe else None
         self._gathered = torch.empty(0, dtype=self.dtype)  # context of one group, reused by all layers
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, group: ReduceGroup) -> Tensor | None:
+    def forward(self, batch: ForwardBatch, group: ReduceGroup, gate: Gate | None = None) -> Tensor | None:
         """One step: writes the batch's keys and values into the cache, computes logits where asked.
 
         Returns float32 `[sampled, vocab_size]` on rank 0, in the order of the entries, and None on the others.
-        Every rank of the group must call it with an equal batch. Raises what the group raises.
+        Every rank of the group must call it with an equal batch. Raises what the group and `gate` raise.
         """
         assert (group.rank, group.size) == (self.rank, self.num_ranks), "a group of another layout"
         assert batch.block_size == self.kv_cache.block_size, "a batch for another block size"
         step = self._prepare(batch)
+        if self.moe is not None:
+            self.moe.begin(batch.positions)
         x = group.all_reduce(self._embed(batch.token_ids))
         for index, layer in enumerate(self.weights.layers):
+            if gate:
+                gate(index)
             x.add_(group.all_reduce(self._attention(index, layer, x, step)))
-            x.add_(group.all_reduce(self._mlp(layer, x)))
+            x.add_(group.all_reduce(self._mlp(index, layer, x)))
+        if gate:
+            gate(self.config.num_layers)
         return self._logits(x.index_select(0, batch.sample_rows), group)
 
     def _prepare(self, batch: ForwardBatch) -> _Step:
@@ -235,8 +247,11 @@ class Decoder:
         both = out.view(2, context.num_planes, -1, self.config.head_dim)[:, :, : context.num_keys]
         return both[0], both[1]
 
-    def _mlp(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        """Partial `[rows, hidden]` of this rank's MLP blocks."""
+    def _mlp(self, index: int, layer: LayerWeights, x: Tensor) -> Tensor:
+        """Partial `[rows, hidden]` of this rank's MLP blocks or experts."""
+        if self.moe is not None:
+            return self.moe.forward(index, self._norm(x, layer.post_norm))
+        assert layer.gate_up is not None and layer.down is not None
         if not layer.down.shape[0]:
             return torch.zeros_like(x)
         both = linear(self._norm(x, layer.post_norm), layer.gate_up)

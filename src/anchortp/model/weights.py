@@ -7,29 +7,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anchortp.layout import ModelUnits, ReplicatedTensor, Shard, UnitTensor, WeightAddresses
-from anchortp.model.packed import check_panels, packed_matrix, take_rows
+from anchortp.layout import EXPERT, MLP, ModelUnits, ReplicatedTensor, Shard, UnitTensor, WeightAddresses
+from anchortp.model.panels import check_panels, panel_matrix, take_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One layer, units in slot order. Every matrix has the hidden axis last: q, kv and gate_up, which may be packed,
-    are used as `x @ W.T` (`packed.linear`), o and down, stored transposed, as `x @ W`."""
+    """One layer, units in slot order. Every matrix has the hidden axis last: q, kv and gate_up, which may be opaque
+    (`panels`), are used as `x @ W.T`, o and down, stored transposed, as `x @ W`. A layer has an MLP, or a router to
+    experts, which `WeightViews.experts` has."""
 
     input_norm: Tensor  # [hidden]
     post_norm: Tensor  # [hidden]
     q: Tensor  # [q heads * head_dim, hidden]
     kv: Tensor  # [kv heads * 2 * head_dim, hidden]: per head the rows of k, then of v
     o: Tensor  # [q heads * head_dim, hidden]
-    gate_up: Tensor  # [blocks * 2 * mlp_block, hidden]: per block the rows of gate, then of up
-    down: Tensor  # [blocks * mlp_block, hidden]
+    gate_up: Tensor | None = None  # [blocks * 2 * mlp_block, hidden]: per block the rows of gate, then of up
+    down: Tensor | None = None  # [blocks * mlp_block, hidden]
+    router: Tensor | None = None  # [experts, hidden]
     q_norm: Tensor | None = None  # [head_dim], Qwen3
     k_norm: Tensor | None = None
 
 
 def check_weights(units: ModelUnits) -> None:
-    """Raises CheckpointError if torch cannot compute with weights as `units` packs them."""
-    if any(units.is_packed(tensor) for tensor in units.tensors):
+    """Raises CheckpointError if torch cannot compute with weights as `units` lays them out."""
+    if any(units.in_panels(tensor) for tensor in units.tensors):
         check_panels(units.config.hidden_size)
 
 
@@ -45,7 +47,7 @@ class WeightViews:
         self._addresses = addresses
         self._elements = buffer[: addresses.reserved_bytes].view(getattr(torch, units.config.dtype))
         self._tensors = {tensor.key: tensor for tensor in (*units.tensors, *units.replicated)}
-        layered = [tensor.key for tensor in self._tensors.values() if tensor.per_layer]
+        layered = [key for key, tensor in self._tensors.items() if tensor.per_layer and not _of_experts(units, tensor)]
         self.embed = self._view("embed")  # [vocabulary units * vocab_block, hidden]
         self.lm_head = self._matrix("embed" if units.config.tie_embeddings else "lm_head")
         self.final_norm = self._view("final_norm")
@@ -53,24 +55,38 @@ class WeightViews:
             LayerWeights(**{key: self._matrix(key, layer) for key in layered})
             for layer in range(units.config.num_layers)
         )
+        # gate_up [2 * columns, hidden] and down [columns, hidden], by layer * num_experts + expert
+        self.experts: dict[int, tuple[Tensor, Tensor]] = self._experts()
 
     def embedding(self, rows: Tensor) -> Tensor:
         """`[n, hidden]`: the embeddings in local rows (int64 `[n]`), of which there must be some."""
         embed = self._tensors["embed"]
-        if self._addresses.units.is_packed(embed):
+        if self._addresses.units.in_panels(embed):
             return take_rows(self.embed, rows)
         return self.embed.index_select(0, rows)
 
     def _matrix(self, key: str, layer: int = 0) -> Tensor:
-        """As `_view`, for `packed.linear`: opaque if it is packed."""
+        """As `_view`, for `panels.linear`: opaque if it is in panels."""
         view, tensor = self._view(key, layer), self._tensors[key]
-        packed = isinstance(tensor, UnitTensor) and self._addresses.units.is_packed(tensor)
-        return packed_matrix(view) if packed and view.shape[0] else view
+        in_panels = isinstance(tensor, UnitTensor) and self._addresses.units.in_panels(tensor)
+        return panel_matrix(view) if in_panels and view.shape[0] else view
 
-    def _view(self, key: str, layer: int = 0) -> Tensor:
+    def _experts(self) -> dict[int, tuple[Tensor, Tensor]]:
+        units, shard = self._addresses.units, self.shard
+        pool, columns = shard[EXPERT], shard[MLP]
+        if units.config.moe is None or not (pool or columns):
+            return {}
+        gate_up, down = (self._tensors[key] for key in ("gate_up", "down"))
+        if pool:
+            views = (self._view(t.key).unflatten(0, (len(pool), t.rows)).unbind(0) for t in (gate_up, down))
+            return dict(zip(pool, zip(*views, strict=True), strict=True))
+        copies = range(units.num_copies(gate_up))
+        return {copy: (self._view("gate_up", copy), self._view("down", copy)) for copy in copies}
+
+    def _view(self, key: str, copy: int = 0) -> Tensor:
         units = self._addresses.units
         tensor = self._tensors[key]
-        start = self._addresses.offset(key, layer) // units.config.dtype_bytes
+        start = self._addresses.offset(key, copy) // units.config.dtype_bytes
         shape = self._shape(tensor)
         strides = (shape[1], 1) if len(shape) == 2 else (1,)
         return self._elements.as_strided(shape, strides, self._elements.storage_offset() + start)
@@ -80,3 +96,7 @@ class WeightViews:
             return tensor.shape
         num_units = len(self.shard[tensor.family])
         return (num_units * tensor.rows, self._addresses.units.config.hidden_size)
+
+
+def _of_experts(units: ModelUnits, tensor: UnitTensor | ReplicatedTensor) -> bool:
+    return units.config.moe is not None and tensor.key in ("gate_up", "down")

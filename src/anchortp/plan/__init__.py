@@ -2,12 +2,14 @@
 IO, no clock. (numpy is imported by the first plan that needs it, not with this package.)"""
 
 from anchortp.plan.bound import Bound, lower_bound
+from anchortp.plan.change import plan_change
 from anchortp.plan.compare import Row, compare
 from anchortp.plan.cost import Busy, Critical, Flow, Timeline, predict
 from anchortp.plan.explain import explain
 from anchortp.plan.plan import PLANE, REPLICATED, Drop, FromHost, FromPeer, Move, Plan, moves_between
 from anchortp.plan.policies import POLICIES, Policy, makespan
 from anchortp.plan.problem import Problem
+from anchortp.plan.rates import Rates
 from anchortp.plan.shapes import PAPER_MODELS, SHAPES, Shape, shape, shape_from_config
 from anchortp.plan.shrink import fill_plan, shrink_plan
 from anchortp.plan.topology import (
@@ -41,6 +43,7 @@ __all__ = [
     "Plan",
     "Policy",
     "Problem",
+    "Rates",
     "Row",
     "Shape",
     "Timeline",
@@ -54,6 +57,7 @@ __all__ = [
     "makespan",
     "moves_between",
     "parse_topology",
+    "plan_change",
     "predict",
     "preset",
     "shape",

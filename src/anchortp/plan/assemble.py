@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
-from anchortp.errors import BudgetExceeded, DoesNotFit
+from anchortp.errors import BudgetExceeded, DoesNotFit, in_words
 from anchortp.layout import EXPERT, FAMILIES, KV, Layout, Shard
 from anchortp.plan.plan import PLANE, REPLICATED, Drop, FromHost, FromPeer, Move, Plan
 from anchortp.plan.problem import Problem
@@ -98,7 +98,7 @@ def _check_final(problem: Problem, after: Mapping[str, Mapping[str, int]]) -> No
         budget, need = problem.budget(device), problem.shard_bytes(widths)
         if budget is not None and need > budget:
             raise DoesNotFit(
-                f"{device} would hold {need} bytes of weights and KV planes, its budget is {budget} bytes. "
+                f"{device} would hold {in_words(need)} of weights and KV planes, its budget is {in_words(budget)}. "
                 f"Use more devices, give it more memory, or keep less KV cache."
             )
 

@@ -212,7 +212,7 @@ def _heads(problem: Problem, ways: _Ways) -> float:
             way = ways.from_stores[device] if not source else ways.from_device(source, device)
             price = 0.0 if source == device else way * problem.size(ATTENTION)
             if has_kv and group not in problem.held[KV].get(device, ()):
-                price += ways.entry(device) * _kv_bytes(problem, group) / min(per_group[group], high[device])
+                price += ways.entry(device) * _kv_bytes(problem, group) / max(1, min(per_group[group], high[device]))
             cost[(source, group), device] = price
     total = transport(supply, low, high, cost)[1]
     for _ in problem.missing.get(KV, ()):

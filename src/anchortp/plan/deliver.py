@@ -9,6 +9,7 @@ than reading it again. `routing.py` splits the bytes; here the split becomes who
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from anchortp.plan.plan import PLANE, REPLICATED
 from anchortp.plan.problem import Problem
 from anchortp.plan.routing import Commodity, Portion, Routing, route_all
 from anchortp.plan.topology import Route, TopologyError
+
+Kept = Mapping[str, Mapping[str, tuple[int, ...]]]  # family, device -> units in slot order
 
 GRAIN_BYTES = 4096  # a unit that comes in parts is cut at multiples of a page
 MAX_ROWS = 250  # of the programme that matches released units: it grows with their square
@@ -37,10 +40,12 @@ class Item:
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
     """The best routing of all that a placement asks for. `items`: all but the units of `placement.shares` that only
-    stores have. `replayed`: KV heads whose planes no source has."""
+    stores have. `kept`: as the placement's, and what devices would give up but get back. `replayed`: KV heads whose
+    planes no source has."""
 
     problem: Problem
     placement: Placement
+    kept: Kept
     items: tuple[Item, ...]
     routing: Routing
     replayed: tuple[int, ...]
@@ -69,13 +74,24 @@ def deliver(problem: Problem, placement: Placement, give_up_s: float = math.inf)
     moving = [share for share in placement.shares if share.pool.released]
     if moving:
         items += _match_released(problem, items, lost, moving)
+    own = [item for item in items if item.device in item.sources]
+    items = [item for item in items if item.device not in item.sources]
     return Delivery(
         problem=problem,
         placement=placement,
+        kept=_with_own(problem, placement.kept, own),
         items=tuple(items),
         routing=route_all(problem.network, to_commodities(problem, items, lost), give_up_s=give_up_s),
         replayed=tuple(replayed),
     )
+
+
+def _with_own(problem: Problem, kept: Kept, own: Sequence[Item]) -> Kept:
+    result = {family: dict(by_device) for family, by_device in kept.items()}
+    for item in own:
+        stay = {*result[item.family][item.device], *item.units}
+        result[item.family][item.device] = tuple(u for u in problem.slots[item.family][item.device] if u in stay)
+    return result
 
 
 def items_and_lost(problem: Problem, placement: Placement) -> tuple[list[Item], dict[str, int]]:
@@ -162,14 +178,14 @@ def _kv_items(problem: Problem, placement: Placement) -> tuple[list[Item], list[
 def _spread_copies(
     family: str, unit: int, devices: Sequence[str], sources: tuple[str, ...], problem: Problem
 ) -> list[Item]:
-    """One item per device. If no device holds the unit yet, the first on each island may forward it to those that
-    come later."""
-    items, first = [], {}
-    known = any(source in problem.alive for source in sources)
+    """One item per device. On each island where no device of the group holds the unit yet, the first may forward it to
+    those that come later."""
+    islands, first, items = problem.islands, {}, []
+    there = {islands[source] for source in sources if source in islands}
     for device in devices:
         items.append(Item(family, device, (unit,), (*first.values(), *sources)))
-        if not known:
-            first.setdefault(problem.islands[device], device)
+        if problem.network.relays and islands[device] not in there:
+            first.setdefault(islands[device], device)
     return items
 
 
@@ -190,13 +206,18 @@ def _match_released(
     for name, group in alike.items():
         commodities.append(_released_commodity(problem, name, group))
     routing = route_all(problem.network, commodities)
-    left: dict[str, dict[tuple[str, str], float]] = {name: {} for name in alike}
+    flows: dict[str, list[Portion]] = {name: [] for name in alike}
     for portion in routing.portions:
         if portion.commodity in alike:
-            size = problem.size(alike[portion.commodity][0].family)
-            quota, key = left[portion.commodity], (portion.source, portion.device)
-            quota[key] = quota.get(key, 0.0) + portion.num_bytes / size
-    return [item for name, group in alike.items() for share in group for item in _follow(problem, share, left[name])]
+            flows[portion.commodity].append(portion)
+    found, left = [], defaultdict[str, Counter[tuple[str, str]]](Counter)  # what rounding left of the groups before
+    for name, group in alike.items():
+        family = group[0].family
+        for portion in flows[name]:
+            left[family][portion.source, portion.device] += portion.num_bytes / problem.size(family)
+        for share in group:
+            found += _follow(problem, share, left[family])
+    return found
 
 
 def _alike(shares: Sequence[Share]) -> dict[str, list[Share]]:
@@ -291,18 +312,19 @@ def _whole_bytes(portions: Sequence[Portion], total: int) -> list[tuple[str, Rou
 
 
 def _cut(problem: Problem, items: Sequence[Item], portions: Sequence[tuple[str, Route, int]]) -> list[Piece]:
-    """Lays the items' units end to end and cuts them where one portion ends and the next begins."""
+    """Lays the items' units end to end and cuts them where one portion ends and the next begins; without `parts`,
+    at the border of two units next to that."""
     pieces: list[Piece] = []
-    queue = list(portions)
-    source, route, left = queue.pop(0) if queue else ("", (), 0)
+    queue, left, parts = list(portions), 0, problem.parts
     for item in items:
         size = problem.size(item.family)
         for unit, count in _consecutive(item.units):
             done, inside = 0, 0  # whole units of the run, and bytes of the next one, that have a portion
             while done < count:
-                if not left:
-                    source, route, left = queue.pop(0)
-                whole = left // size if not inside else 0
+                while queue and left <= (0 if parts else size // 2):
+                    source, route, more = queue.pop(0)
+                    left += more
+                whole = 0 if inside else max(left // size, 0 if parts else 1)
                 if whole:
                     take = min(whole, count - done)
                     pieces.append(Piece(item.device, item.family, unit + done, take, 0, take * size, source, route))

@@ -117,11 +117,12 @@ class _Swaps:
 
 
 def _by_group_size(problem: Problem, heads: list[int]) -> list[int]:
-    """Heads in the order in which they are kept: the largest groups of one KV head first."""
-    if KV not in problem.families:
-        return heads
-    size = Counter(problem.kv_head_of(head) for head in heads)
-    return sorted(heads, key=lambda h: (-size[problem.kv_head_of(h)], problem.kv_head_of(h), h))
+    """Heads (in slot order) in the order in which they are kept: the largest groups of one KV head first, then those
+    in the first slots."""
+    groups: dict[int, list[int]] = {}
+    for head in heads:
+        groups.setdefault(problem.kv_head_of(head), []).append(head)
+    return [head for group in sorted(groups.values(), key=len, reverse=True) for head in group]
 
 
 def kv_after(

@@ -1,8 +1,9 @@
 """Small changes to a placement that balance allows: which odd unit could be received by another device instead.
 
-Used by the `makespan` policy. A change is a unit of one family that goes to device b instead of a, or that together
-with a unit of another family that goes to a instead of b. What it gains is estimated with the prices of the links:
-a byte that is delivered at b instead of a costs `far[b] - far[a]` less.
+Used by the `makespan` policy. A change is one of three: a unit of one family goes to device b instead of a; the same,
+and a unit of another family goes to a instead of b; the q heads of one KV head go to b instead of a, in exchange for as
+many that b has and whose KV heads are at a. What it gains is estimated with the prices of the links: a byte that is
+delivered at b instead of a costs `far[a] - far[b]` less.
 """
 
 from __future__ import annotations
@@ -18,21 +19,22 @@ from anchortp.plan.problem import Problem
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """One unit of `family`, now to be received by device `a`, is received by `b`. `which`: the share (an index), or
-    the q head."""
+    """One unit of `family`, now to be received by device `a`, is received by `b`. `which`: the share (its index),
+    or the q heads. `back`: q heads that `a` receives instead, from `b`."""
 
     family: str
     a: str
     b: str
-    which: int
+    which: tuple[int, ...]
     gain: float
+    back: tuple[int, ...] = ()
 
 
 Change = tuple[Shift, ...]
 
 
 def changes(problem: Problem, placement: Placement, far: Mapping[str, float], aim: float) -> list[Change]:
-    """All single shifts and pairs that should gain something, those first whose gain is nearest to `aim`.
+    """All single shifts, exchanges and pairs that should gain something, those first whose gain is nearest to `aim`.
 
     `far`: seconds per byte to each device, by the present prices; `aim`: seconds to be gained.
     """
@@ -41,7 +43,7 @@ def changes(problem: Problem, placement: Placement, far: Mapping[str, float], ai
         if family != KV:
             for shift in _family_shifts(problem, placement, family, far):
                 shifts.setdefault((shift.a, shift.b), []).append(shift)
-    found: list[tuple[float, Change]] = []
+    found: list[tuple[float, Change]] = [(swap.gain, (swap,)) for swap in _exchanges(problem, placement, far)]
     for (a, b), there in shifts.items():
         for shift in there:
             if shift.gain > 0:
@@ -60,23 +62,28 @@ def changed(problem: Problem, placement: Placement, change: Change) -> Placement
         if shift.family == ATTENTION:
             placement = _with_head_moved(problem, placement, shift)
         else:
-            share = placement.shares[shift.which]
+            share = placement.shares[shift.which[0]]
             incoming = share.incoming | {
                 shift.a: share.incoming[shift.a] - 1,
                 shift.b: share.incoming[shift.b] + 1,
             }
             shares = list(placement.shares)
-            shares[shift.which] = replace(share, incoming=incoming)
+            shares[shift.which[0]] = replace(share, incoming=incoming)
             placement = replace(placement, shares=shares)
     return placement
 
 
 def _with_head_moved(problem: Problem, placement: Placement, shift: Shift) -> Placement:
-    heads = dict(placement.heads)
-    heads[shift.a] = [head for head in heads[shift.a] if head != shift.which]
-    heads[shift.b] = sorted([*heads[shift.b], shift.which])
-    kept_kv, kv = kv_after(problem, placement.kept[ATTENTION], heads)
-    return replace(placement, heads=heads, kept=placement.kept | {KV: kept_kv}, kv=kv)
+    heads, kept, holder = dict(placement.heads), placement.kept[ATTENTION], placement.head_holder
+    heads[shift.a] = sorted({*heads[shift.a], *shift.back}.difference(shift.which))
+    heads[shift.b] = sorted([*heads[shift.b], *shift.which])
+    if shift.back:
+        kept = kept | {shift.b: tuple(head for head in kept[shift.b] if head not in shift.back)}
+        holder = holder | dict.fromkeys(shift.back, shift.b)
+    kept_kv, kv = kv_after(problem, kept, heads)
+    return replace(
+        placement, heads=heads, head_holder=holder, kept=placement.kept | {ATTENTION: kept, KV: kept_kv}, kv=kv
+    )
 
 
 def _family_shifts(problem: Problem, placement: Placement, family: str, far: Mapping[str, float]) -> Iterator[Shift]:
@@ -92,7 +99,7 @@ def _family_shifts(problem: Problem, placement: Placement, family: str, far: Map
             if a != b and far[a] != far[b]:
                 which = next((i for i, s in shares if _can_shift(s, a, b)), None)
                 if which is not None:
-                    yield Shift(family, a, b, which, size * (far[a] - far[b]))
+                    yield Shift(family, a, b, (which,), size * (far[a] - far[b]))
 
 
 def _can_shift(share: Share, a: str, b: str) -> bool:
@@ -121,6 +128,21 @@ def _head_shifts(problem: Problem, placement: Placement, far: Mapping[str, float
             for b in problem.devices:
                 if a == b or width[b] >= high[b] or far[a] == far[b]:
                     continue
-                there = group in placement.kv[b] or group in placement.kept.get(KV, {}).get(b, ())
+                there = group in placement.kv[b] or group in problem.held.get(KV, {}).get(b, ())
                 opens = 0.0 if there else kv_size * far[b]
-                yield Shift(ATTENTION, a, b, head, size * (far[a] - far[b]) + closes - opens)
+                yield Shift(ATTENTION, a, b, (head,), size * (far[a] - far[b]) + closes - opens)
+
+
+def _exchanges(problem: Problem, placement: Placement, far: Mapping[str, float]) -> Iterator[Shift]:
+    """The q heads for which alone `a` would need a KV head, for as many that `b` has and whose KV heads are at `a`."""
+    kept, heads, held_kv = placement.kept[ATTENTION], placement.heads, problem.held.get(KV, {})
+    for a in problem.devices:
+        for group in placement.kv[a]:
+            mine = tuple(head for head in heads[a] if problem.kv_head_of(head) == group)
+            for b in problem.devices:
+                back = [h for h in reversed(kept[b]) if problem.kv_head_of(h) in held_kv.get(a, ())][: len(mine)]
+                there = group in placement.kv[b] or group in held_kv.get(b, ())
+                costs = len(mine) * problem.size(ATTENTION) + (0 if there else problem.kv_bytes)
+                gain = problem.kv_bytes * far[a] - costs * far[b]
+                if a != b and len(back) == len(mine) and gain > 0:
+                    yield Shift(ATTENTION, a, b, mine, gain, tuple(back))

@@ -66,9 +66,8 @@ def place(problem: Problem, slow: Mapping[str, float], widths: Widths | None = N
     load = Load(problem, slow)
     for share in shares:
         size = problem.size(share.family)
-        for device, count in share.least.items():
+        for device, count in share.incoming.items():
             load.add(device, count * size)
-            share.incoming[device] = count
     kept[ATTENTION], heads, head_holder = place_heads(problem, load, (widths or {}).get((ATTENTION, 0)))
     kept[KV], kv = kv_after(problem, kept[ATTENTION], heads)
     for device in problem.devices:
@@ -107,9 +106,9 @@ def _shares(problem: Problem, family: str, widths: Widths) -> tuple[dict[str, tu
             low=low,
             high=high,
             pool=pool,
-            least={d: max(0, (wanted or low)[d] - len(held[d])) for d in problem.devices},
+            least={d: max(0, low[d] - len(held[d])) for d in problem.devices},
             most={d: max(0, high[d] - len(held[d])) for d in problem.devices},
-            incoming={},
+            incoming={d: max(0, (wanted or low)[d] - len(held[d])) for d in problem.devices},
         )
         shares.append(share)
     kept = {d: slots.get(d, ()) for d in problem.devices}

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from anchortp.layout import FAMILIES, Layout, UnitCatalog
+from anchortp.layout import Layout, UnitCatalog
 
 # What moves beside the families of a layout. A plane is the KV cache of one KV head, and lies in that head's slot.
 PLANE = "kv_plane"
@@ -148,7 +148,7 @@ def moves_between(before: Layout, after: Layout, units: UnitCatalog) -> tuple[Mo
     moves = []
     for shard in after.shards:
         held = before[shard.device] if shard.device in before.devices else None
-        for family in FAMILIES:
+        for family in units.families:
             kept = held[family] if held else ()
             assert shard[family][: len(kept)] == kept, f"{shard.device}: {family} units would move"
             for slot in range(len(kept), len(shard[family])):

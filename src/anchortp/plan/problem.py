@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from anchortp.errors import ConfigError, DoesNotFit
@@ -33,8 +33,13 @@ class Problem:
 
     `devices`: the group that goes on, in rank order. `lost`: devices of `before` whose memory is gone.
     `speeds`: relative, 1.0 where missing. `memory_bytes`: per device, for weights and planes; where missing, the
-    topology's, else unlimited. `plane_bytes`: KV cache in use per KV head (0: planes are not planned).
-    `planes_at`: stores that hold a mirror of every plane. `weights_at`: other than the topology's.
+    topology's, else unlimited. `plane_bytes`: KV cache in use per KV head (0: planes are not planned, and whoever
+    moves a KV head sees to its plane).
+    `planes_at`: stores that hold a mirror of every plane. `weights_at`: other than the topology's. A device of
+    `before` whose shard is empty is a new one: it lacks the replicated tensors too.
+
+    What the one who carries out the plan can do: `relays`: send on what arrives in the same stage, to devices that
+    are further on its way or need it as well; `parts`: fetch parts of a unit from several sources.
     """
 
     units: UnitCatalog
@@ -47,6 +52,8 @@ class Problem:
     plane_bytes: int = 0
     planes_at: tuple[str, ...] = ()
     weights_at: tuple[str, ...] | None = None
+    relays: bool = True
+    parts: bool = True
 
     def __post_init__(self) -> None:
         if not self.devices:
@@ -84,15 +91,16 @@ class Problem:
     @cached_property
     def network(self) -> Topology:
         """The topology without what is lost. Devices outside both groups take no part, not even as a relay."""
-        absent = set(self.topology.devices) - set(self.alive) - set(self.devices)
-        return self.topology.without(absent) if absent else self.topology
+        topology = self.topology if self.relays else replace(self.topology, relays=False)
+        absent = set(topology.devices) - set(self.alive) - set(self.devices)
+        return topology.without(absent) if absent else topology
 
     # ------------------------------------------------------------------------------------------- census
 
     @cached_property
     def alive(self) -> tuple[str, ...]:
-        """Devices of the old layout that still hold their memory."""
-        return tuple(device for device in self.before.devices if device not in self.lost)
+        """Devices of the old layout that still hold something."""
+        return tuple(s.device for s in self.before.shards if s.device not in self.lost and any(s.slots))
 
     @cached_property
     def fresh(self) -> tuple[str, ...]:
@@ -103,7 +111,7 @@ class Problem:
     def slots(self) -> dict[str, dict[str, tuple[int, ...]]]:
         """Per family and living device: its units in slot order."""
         return {
-            family: {s.device: s[family] for s in self.before.shards if s.device not in self.lost}
+            family: {s.device: s[family] for s in self.before.shards if s.device in self.alive}
             for family in self.families
         }
 
@@ -137,6 +145,8 @@ class Problem:
         """Per device of the group the first one of its island: devices joined by links of their own, or by switches
         that no host is on. Inside an island what one device cannot receive in time others can receive for it."""
         network = self.network
+        if not network.relays:
+            return {device: device for device in self.devices}
         stores = {place.name for place in network.places if place.kind in ("host", "disk")}
         roots = {end for link in network.links if stores & {link.src, link.dst} for end in (link.src, link.dst)}
         inside = {p.name for p in network.places if p.kind == "device" or p.name not in roots | stores}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from anchortp.errors import in_words
 from anchortp.layout import KV
 from anchortp.plan.assemble import Piece
 from anchortp.plan.plan import PLANE
@@ -79,7 +80,7 @@ def _relays(problem: Problem, pieces: Sequence[Piece]) -> Iterator[str]:
     for (over, device), num_bytes in sorted(passed.items()):
         direct = _has_direct(problem, device)
         why = f"the links of {device} alone would take longer" if direct else f"{device} has no way of its own"
-        yield f"{num_bytes} bytes for {device} pass through {over}: {why}"
+        yield f"{in_words(num_bytes)} for {device} pass through {over}: {why}"
 
 
 def _has_direct(problem: Problem, device: str) -> bool:

@@ -21,7 +21,7 @@ def apply(plan: Plan) -> Layout:
     """
     memory: Slots = {}
     for shard in plan.before.shards:
-        if shard.device not in plan.lost:
+        if shard.device not in plan.lost and any(shard.slots):
             for family in EVERY_FAMILY:
                 memory[shard.device, family] = dict(enumerate(shard[family]))
             memory[shard.device, PLANE] = dict(memory[shard.device, KV])

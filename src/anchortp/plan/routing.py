@@ -83,14 +83,25 @@ def route_all(
     """The best split over all sources and routes, to within `gap`; or, as soon as it is clear that none takes less
     than `give_up_s`, whatever was found so far. Raises TopologyError for a wish that no unlimited source of its
     commodity can reach, NoRoom if the first try to place all extra bytes within `room` fails."""
-    start = _first_columns(network, commodities, dict(room or {}))
+    try:
+        start = _first_columns(network, commodities, dict(room or {}), nearest=True)
+    except NoRoom:
+        start = _first_columns(network, commodities, dict(room or {}), nearest=False)
     loads = [0.0] * len(network.links)
     for column, num_bytes in start:
         for link in column.route:
             loads[link] += num_bytes
-    seconds = max((t * s for t, s in zip(loads, network.seconds_per_byte, strict=True)), default=0.0)
+    times = [num_bytes * s for num_bytes, s in zip(loads, network.seconds_per_byte, strict=True)]
+    seconds = max(times, default=0.0)
     if seconds <= 0.0:
         return Routing(portions=(), seconds=0.0, bound_s=0.0, prices=network.seconds_per_byte)
+    # Where all bytes must pass one link, as they do on a shared bus, nothing is to be gained, and no numpy is loaded.
+    full = max((x for x, t in enumerate(times) if t > seconds * (1 - _TINY)), key=loads.__getitem__)
+    prices = tuple(s if x == full else 0.0 for x, s in enumerate(network.seconds_per_byte))
+    bound_s = sum(_least(c, network.cheapest({s: 0.0 for s, _ in c.sources}, prices)[0]) for c in commodities)
+    if seconds <= bound_s * (1 + gap) or bound_s >= give_up_s:
+        portions = tuple(column.portion(num_bytes) for column, num_bytes in start)
+        return Routing(portions=portions, seconds=seconds, bound_s=bound_s, prices=prices)
     return _Simplex(network, commodities, start, seconds, room or {}).solve(gap, give_up_s / seconds)
 
 
@@ -110,16 +121,29 @@ class _Column:
     def is_extra(self) -> bool:
         return self.limit != "wish"
 
+    def portion(self, num_bytes: float) -> Portion:
+        return Portion(
+            commodity=self.commodity,
+            source=self.source,
+            device=self.device,
+            route=self.route,
+            num_bytes=num_bytes,
+            is_extra=self.is_extra,
+        )
+
 
 def _first_columns(
-    network: Topology, commodities: Sequence[Commodity], room: dict[tuple[str, str], int]
+    network: Topology, commodities: Sequence[Commodity], room: dict[tuple[str, str], int], *, nearest: bool
 ) -> list[tuple[_Column, float]]:
-    """Every wish from the nearest unlimited source, the quickest way; extras to the nearest devices first."""
+    """Every wish from the nearest unlimited source, the quickest way; extras to the nearest devices first, or to those
+    that have most room left (which finds a way to place them all if the commodities are alike: Gale and Ryser 1957).
+    """
     result = []
     for commodity in commodities:
         free = tuple(name for name, limit in commodity.sources if limit is None)
         far, last = network.quickest(free)
-        for device, num_bytes, limit in _amounts(commodity, far, room):
+        order = far if nearest else {device: -room.get((commodity.family, device), 0) for device, _ in commodity.caps}
+        for device, num_bytes, limit in _amounts(commodity, order, room):
             if device not in far:
                 raise TopologyError(
                     f"{device} must receive {commodity.name}, but no route leads there from "
@@ -132,14 +156,14 @@ def _first_columns(
 
 
 def _amounts(
-    commodity: Commodity, far: Mapping[str, float], room: dict[tuple[str, str], int]
+    commodity: Commodity, order: Mapping[str, float], room: dict[tuple[str, str], int]
 ) -> Iterator[tuple[str, int, str]]:
-    """(device, bytes, what limits them), the extra bytes filled in from the nearest device on. Uses up `room`."""
+    """(device, bytes, what limits them), the extra bytes filled in from the least in `order` on. Uses up `room`."""
     for device, num_bytes in commodity.wishes:
         if num_bytes > 0:
             yield device, num_bytes, "wish"
     left = commodity.extra
-    for device, cap in sorted(commodity.caps, key=lambda pair: far.get(pair[0], math.inf)):
+    for device, cap in sorted(commodity.caps, key=lambda pair: order.get(pair[0], math.inf)):
         key = (commodity.family, device)
         most = min(cap, room.get(key, cap))
         amount = min(left, most)
@@ -150,6 +174,16 @@ def _amounts(
                 room[key] -= amount
     if left > 0:
         raise NoRoom(f"{commodity.name}: {left} bytes more than there is room for")
+
+
+def _least(commodity: Commodity, far: Mapping[str, float], dearer: Mapping[str, float] | None = None) -> float:
+    """What the commodity pays at the least, if a byte to a device costs `far`, and an extra one so much more."""
+    paid = sum(far[device] * num_bytes for device, num_bytes in commodity.wishes)
+    if commodity.extra > 0:
+        price = {device: far[device] + (dearer or {}).get(device, 0.0) for device, _ in commodity.caps}
+        extra = replace(commodity, wishes=())
+        paid += sum(price[device] * num_bytes for device, num_bytes, _ in _amounts(extra, price, {}))
+    return paid
 
 
 class _Simplex:
@@ -210,12 +244,12 @@ class _Simplex:
             if bound > best_bound:
                 best_bound, best_prices = bound, prices
             makespan = self.values[self.t_row]
-            if not found or makespan <= best_bound * (1 + gap) or best_bound >= give_up or pivots_left <= 0:
+            if makespan <= best_bound * (1 + gap) or best_bound >= give_up or pivots_left <= 0:
                 break
-            before = pivots_left
-            pivots_left -= self._improve(found)
-            if pivots_left == before:
+            pivots = self._improve(found)
+            if not pivots:
                 break
+            pivots_left -= pivots
         assert best_prices is not None
         return self._result(best_bound, best_prices)
 
@@ -227,7 +261,7 @@ class _Simplex:
         prices = [max(0.0, -y) for y in duals[: self.num_links]]
         norm = sum(prices)
         toll = [p * w / norm + _TINY * w for p, w in zip(prices, self.weight, strict=True)]
-        bound, found = 0.0, []
+        bound, found = -_TINY, []  # what the tolls add
         trees = {}
         for commodity in self.commodities:
             first = {s: 0.0 for s, limit in commodity.sources if limit is None}
@@ -239,7 +273,7 @@ class _Simplex:
             if key not in trees:
                 trees[key] = self.network.cheapest(first, toll)
             far, last = trees[key]
-            bound += self._least(commodity, far, duals, norm)
+            bound += _least(commodity, far, self._dearer(commodity, duals, norm)) / self.total
             for device, limit, worth in self._worth(commodity, duals):
                 if far[device] * norm < worth - 1e-7:
                     route = self.network.path(last, device)
@@ -249,17 +283,10 @@ class _Simplex:
             bound -= max(0.0, -duals[self.row["room", *key]]) / norm * num_bytes / self.total
         return bound, [p / norm for p in prices], found
 
-    def _least(self, commodity: Commodity, far: Mapping[str, float], duals: list[float], norm: float) -> float:
-        """What the commodity pays at the least, room in its family paid for too."""
-        paid = sum((far[device] - 1e-9) * num_bytes for device, num_bytes in commodity.wishes)
-        if commodity.extra > 0:
-            price = {}
-            for device, _ in commodity.caps:
-                row = self.row.get(("room", commodity.family, device))
-                price[device] = far[device] + (0.0 if row is None else max(0.0, -duals[row]) / norm)
-            extra = replace(commodity, wishes=())
-            paid += sum((price[d] - 1e-9) * num_bytes for d, num_bytes, _ in _amounts(extra, price, {}))
-        return paid / self.total
+    def _dearer(self, commodity: Commodity, duals: list[float], norm: float) -> dict[str, float]:
+        """What room in the commodity's family costs, per device."""
+        rows = {device: self.row.get(("room", commodity.family, device)) for device, _ in commodity.caps}
+        return {device: max(0.0, -duals[row]) / norm for device, row in rows.items() if row is not None}
 
     def _worth(self, commodity: Commodity, duals: list[float]) -> Iterator[tuple[str, str, float]]:
         """(device, kind of column, what a byte there is worth by the duals)."""
@@ -343,16 +370,7 @@ class _Simplex:
         portions = []
         for value, column in zip(self.values.tolist(), self.columns, strict=True):
             if column is not None and value > 1e-9:
-                portions.append(
-                    Portion(
-                        commodity=column.commodity,
-                        source=column.source,
-                        device=column.device,
-                        route=column.route,
-                        num_bytes=value * self.total,
-                        is_extra=column.is_extra,
-                    )
-                )
+                portions.append(column.portion(value * self.total))
         portions.sort(key=lambda p: (p.commodity, p.device, p.source, p.route))
         scale = self.seconds / self.total
         return Routing(

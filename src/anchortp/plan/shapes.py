@@ -81,6 +81,10 @@ class Shape:
         }
 
     @cached_property
+    def families(self) -> tuple[str, ...]:
+        return tuple(family for family, count in self.num_units.items() if count)
+
+    @cached_property
     def unit_bytes(self) -> dict[str, int]:
         row = self.hidden_size * self.dtype_bytes
         q = 2 * self.head_dim * self.hidden_size if self.q_head_params is None else self.q_head_params
@@ -225,7 +229,7 @@ def shape_from_config(raw: Mapping[str, Any], name: str = "") -> Shape:
         raise UnsupportedModel("layers without experts between layers with experts cannot be planned yet.")
     try:
         hidden, q_heads = int(raw["hidden_size"]), int(raw["num_attention_heads"])
-        experts = int(raw["num_local_experts" if kind == "mixtral" else "num_experts"]) if is_moe else 0
+        experts = int(raw["num_experts" if "num_experts" in raw else "num_local_experts"]) if is_moe else 0
         width = int(raw["moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"])
         return Shape(
             name=name or str(raw.get("_name_or_path") or kind),

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 
 from anchortp.errors import DoesNotFit
-from anchortp.layout import ATTENTION, FAMILIES, KV, Layout, ModelUnits, empty_shard, initial_layout, widths
+from anchortp.layout import ATTENTION, EXPERT, KV, Layout, ModelUnits, empty_shard, initial_layout, widths
 from anchortp.plan.heads import assign_heads
 from anchortp.plan.plan import Plan, moves_between
 
@@ -38,8 +38,8 @@ def shrink_plan(
     """The plan after the devices in `lost` are gone. `before` may be irregular, and may lack units already
     (a second fault in the middle of a recovery).
 
-    1. Units that no survivor holds are missing. Per family each goes to the survivor that would be done first
-       with it (`widths`), so widths stay within one unit of each other, or follow `speeds`.
+    1. Units that no survivor holds are missing. Per family (experts: per layer) each goes to the survivor that
+       would be done first with it, so widths stay within one unit of each other, or follow `speeds`.
     2. Which q head goes where is free; heads go where their KV head already is, so that few KV heads need a
        further copy.
     3. A survivor that got a q head without its KV head loads that too.
@@ -50,7 +50,7 @@ def shrink_plan(
     if not survivors.shards:
         raise DoesNotFit(f"no device is left of {', '.join(before.devices)}; add one and start again.")
     after = survivors
-    for family in FAMILIES:
+    for family in units.families:
         if family != KV:
             for device, got in _assign(units, survivors, family, speeds).items():
                 after = after.with_shard(after[device].appended(family, got))
@@ -74,13 +74,15 @@ def shrink_plan(
 
 
 def _missing_bytes(units: ModelUnits, held: Layout) -> int:
-    return sum((units.num_units[f] - len(held.held(f))) * units.unit_bytes[f] for f in FAMILIES)
+    return sum((units.num_units[f] - len(held.held(f))) * units.unit_bytes[f] for f in units.families)
 
 
 def _assign(
     units: ModelUnits, survivors: Layout, family: str, speeds: Mapping[str, float] | None
 ) -> dict[str, list[int]]:
     """Missing units of one family per survivor, in the order in which they take their slots."""
+    if family == EXPERT:
+        return _assign_experts(units, survivors, speeds)
     missing = sorted(set(range(units.num_units[family])) - survivors.held(family))
     held = {shard.device: len(shard[family]) for shard in survivors.shards}
     target = widths(sum(held.values()) + len(missing), survivors.devices, speeds, held)
@@ -92,6 +94,23 @@ def _assign(
     for device, count in free.items():
         result[device] = missing[at : at + count]
         at += count
+    return result
+
+
+def _assign_experts(units: ModelUnits, survivors: Layout, speeds: Mapping[str, float] | None) -> dict[str, list[int]]:
+    """Layer by layer, since the slowest device of each is waited for; among equals who has the fewest in all."""
+    speed = {device: (speeds or {}).get(device, 1.0) for device in survivors.devices}
+    per_layer = units.num_units[EXPERT] // units.num_groups(EXPERT)
+    missing = sorted(set(range(units.num_units[EXPERT])) - survivors.held(EXPERT))
+    in_layer = Counter((s.device, unit // per_layer) for s in survivors.shards for unit in s[EXPERT])
+    in_all = {s.device: len(s[EXPERT]) for s in survivors.shards}
+    result: dict[str, list[int]] = {device: [] for device in survivors.devices}
+    for unit in missing:
+        layer = unit // per_layer
+        best = min(speed, key=lambda d, layer=layer: ((in_layer[d, layer] + 1) / speed[d], (in_all[d] + 1) / speed[d]))
+        in_layer[best, layer] += 1
+        in_all[best] += 1
+        result[best].append(unit)
     return result
 
 
@@ -109,7 +128,7 @@ def _reasons(units: ModelUnits, plan: Plan, lost: Collection[str]) -> tuple[str,
     """Why the plan is as it is, in the words that the recovery's story prints."""
     reasons = []
     survivors = plan.before.without(lost)
-    for family in FAMILIES:
+    for family in units.families:
         count = units.num_units[family] - len(survivors.held(family))
         if count:
             got = Counter(m.device for m in plan.moves if m.family == family)

@@ -70,12 +70,14 @@ class Link:
 
 @dataclass(frozen=True, kw_only=True)
 class Topology:
-    """`weights_at`: places where the whole checkpoint can be read. Checked on construction: TopologyError."""
+    """`weights_at`: places where the whole checkpoint can be read. `relays`: bytes may pass one device on their way to
+    another. Checked on construction: TopologyError."""
 
     name: str
     places: tuple[Place, ...]
     links: tuple[Link, ...]
     weights_at: tuple[str, ...]
+    relays: bool = True
 
     def __post_init__(self) -> None:
         _check(self)
@@ -106,20 +108,21 @@ class Topology:
         self, sources: Mapping[str, float], prices: Sequence[float]
     ) -> tuple[dict[str, float], dict[str, int]]:
         """Distances from the nearest of `sources` (each with its own cost to begin with) to every place they reach
-        under non-negative `prices`, one per link, and the last link of each cheapest route. Passes no disk.
-        (Dijkstra; ties go to fewer links.)"""
+        under non-negative `prices`, one per link, and the last link of each cheapest route. Passes no disk, and
+        without `relays` no device. (Dijkstra; ties go to fewer links.)"""
         far: dict[str, float] = {}
         last: dict[str, int] = {}
         best = dict(sources)
         queue = [(cost, 0, name) for name, cost in best.items()]
         heapify(queue)
-        steps_from = self._steps_from
+        steps_from, onward = self._steps_from, self._steps_onward
         while queue:
             at, hops, name = heappop(queue)
-            if name in far:
+            if name not in far:
+                far[name] = at
+            elif hops or self.relays:  # where nothing is relayed, a source begins its own routes, however it is reached
                 continue
-            far[name] = at
-            for index, dst in steps_from[name]:
+            for index, dst in (onward if hops else steps_from)[name]:
                 cost = at + prices[index]
                 if dst not in far and cost < best.get(dst, math.inf):
                     best[dst], last[dst] = cost, index
@@ -135,12 +138,19 @@ class Topology:
                 found[link.src].append((index, link.dst))
         return {name: tuple(steps) for name, steps in found.items()}
 
+    @cached_property
+    def _steps_onward(self) -> dict[str, tuple[tuple[int, str], ...]]:
+        """As `_steps_from`, for bytes that come from elsewhere."""
+        return self._steps_from if self.relays else self._steps_from | dict.fromkeys(self.devices, ())
+
     def path(self, last: Mapping[str, int], dst: str) -> Route:
         """The route to `dst` out of what `cheapest` returned."""
         route: list[int] = []
         while dst in last:
             route.append(last[dst])
             dst = self.links[last[dst]].src
+            if not self.relays and self.by_name[dst].kind == "device":
+                break
         return tuple(reversed(route))
 
     def route(self, src: str, dst: str) -> Route | None:

@@ -9,6 +9,7 @@ most; a device that has units beyond its least already has a source of them in i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from anchortp.layout import ATTENTION, KV
@@ -24,18 +25,18 @@ Widths = dict[tuple[str, int], dict[str, int]]  # (family, index of the group) -
 
 def best_widths(problem: Problem, placement: Placement) -> Widths | None:
     """Widths for all groups in which a living device gives up units in `placement`, q heads included, chosen so that
-    the fullest link would be least full if units could be split. None if there are none, or too many to be worth the
-    time."""
-    alike: dict[tuple[object, ...], list[tuple[int, Share]]] = {}
-    index: dict[str, int] = {}
+    the fullest link would be least full if units could be split. None if there are none, or too many devices for it
+    to be worth the time."""
     heads = [_head_share(problem, placement)] if placement.head_holder else []
+    index: dict[str, int] = {}
+    moving: list[tuple[int, Share]] = []
     for share in (*placement.shares, *heads):
         at = index[share.family] = index.get(share.family, -1) + 1
         if share.pool.released:
-            alike.setdefault(_signature(problem, share), []).append((at, share))
-    if not alike or len(alike) * 3 * len(problem.devices) > MAX_ROWS:
+            moving.append((at, share))
+    names = _alike(problem, moving)
+    if not names or len(names) * 3 * len(problem.devices) > MAX_ROWS:
         return None
-    names = {f"widths {i}": group for i, group in enumerate(alike.values())}
     routing = _route(problem, placement, names, list(index), bool(heads))
     extra: dict[str, dict[str, float]] = {name: {} for name in names}
     for portion in routing.portions:
@@ -43,9 +44,13 @@ def best_widths(problem: Problem, placement: Placement) -> Widths | None:
             at_device = extra[portion.commodity]
             at_device[portion.device] = at_device.get(portion.device, 0.0) + portion.num_bytes
     result: Widths = {}
+    over: dict[str, dict[str, float]] = {}  # what rounding left of the groups before
     for name, group in names.items():
-        size = _weight(problem, placement, group[0][1].family)
-        quota = {device: num_bytes / size for device, num_bytes in extra[name].items()}
+        family = group[0][1].family
+        size = _weight(problem, placement, family)
+        quota = over.setdefault(family, dict.fromkeys(problem.devices, 0.0))
+        for device, num_bytes in extra[name].items():
+            quota[device] += num_bytes / size
         for at, share in group:
             result[share.family, at] = _whole(problem, share, quota)
     for family in index:
@@ -107,9 +112,18 @@ def _weight(problem: Problem, placement: Placement, family: str) -> int:
     return problem.size(ATTENTION) + copies * problem.kv_bytes // max(1, moved)
 
 
-def _signature(problem: Problem, share: Share) -> tuple[object, ...]:
-    leaving = tuple((d, len(u)) for d, u in share.pool.released.items() if d not in problem.devices)
-    return share.family, share.size, tuple(share.held.values()), len(share.pool.missing), leaving
+def _alike(problem: Problem, moving: Sequence[tuple[int, Share]]) -> dict[str, list[tuple[int, Share]]]:
+    """Groups of one family and the same numbers are one commodity. If that makes too many, each family is."""
+    found: dict[tuple[object, ...], list[tuple[int, Share]]] = {}
+    for at, share in moving:
+        leaving = tuple((d, len(u)) for d, u in share.pool.released.items() if d not in problem.devices)
+        key = (share.family, share.size, tuple(share.held.values()), len(share.pool.missing), leaving)
+        found.setdefault(key, []).append((at, share))
+    if len(found) * 3 * len(problem.devices) > MAX_ROWS:
+        found = {}
+        for at, share in moving:
+            found.setdefault((share.family,), []).append((at, share))
+    return {f"widths {i}": group for i, group in enumerate(found.values())}
 
 
 def _room(problem: Problem, family: str, placement: Placement, chosen: Collection[int]) -> dict[tuple[str, str], int]:
@@ -129,37 +143,35 @@ def _room(problem: Problem, family: str, placement: Placement, chosen: Collectio
 
 
 def _commodity(problem: Problem, name: str, shares: Sequence[Share], weight: int) -> Commodity:
-    """All shares are alike; the one commodity is for all of them together. `weight`: bytes of a unit."""
-    share, bytes_each = shares[0], weight * len(shares)
-    sources: list[tuple[str, int | None]] = []
-    for device, held in share.held.items():
-        if held > share.low[device]:
-            sources.append((device, (held - share.low[device]) * bytes_each))
-    for device, units in share.pool.released.items():
-        if device not in problem.devices:
-            sources.append((device, len(units) * bytes_each))
-    sources += [(store, None) for store in problem.stores]
-    wishes = [(d, (share.low[d] - held) * bytes_each) for d, held in share.held.items() if held < share.low[d]]
-    extra = (share.size - sum(share.low.values())) * bytes_each
-    caps = [(d, (share.high[d] - share.low[d]) * bytes_each) for d in problem.devices]
+    """All shares together. `weight`: bytes of a unit."""
+    spare, wishes, caps, extra = Counter[str](), Counter[str](), Counter[str](), 0
+    for share in shares:
+        for device, held in share.held.items():
+            spare[device] += max(0, held - share.low[device])
+            wishes[device] += max(0, share.low[device] - held)
+            caps[device] += share.high[device] - share.low[device]
+        for device, units in share.pool.released.items():
+            spare[device] += 0 if device in problem.devices else len(units)
+        extra += share.size - sum(share.low.values())
     return Commodity(
         name=name,
-        sources=tuple(sources),
-        wishes=tuple(wishes),
-        extra=extra,
-        caps=tuple((device, cap) for device, cap in caps if cap),
-        family=share.family,
+        sources=(*((d, n * weight) for d, n in spare.items() if n), *((store, None) for store in problem.stores)),
+        wishes=tuple((d, n * weight) for d, n in wishes.items() if n),
+        extra=extra * weight,
+        caps=tuple((d, n * weight) for d, n in caps.items() if n),
+        family=shares[0].family,
     )
 
 
 def _whole(problem: Problem, share: Share, quota: dict[str, float]) -> dict[str, int]:
-    """The extra units of one group, one by one to whoever has most of its quota left; takes it off the quota."""
+    """The extra units of one group, one by one to whoever has most of its quota left, first of those that hold them;
+    takes it off the quota."""
     width = dict(share.low)
     for _ in range(share.size - sum(width.values())):
         open_to = [device for device in problem.devices if width[device] < share.high[device]]
-        best = max(open_to, key=lambda d: quota.get(d, 0.0))
+        best = max(open_to, key=lambda d: (quota[d] > 0.5 and share.held[d] > width[d], quota[d]))
         width[best] += 1
-        quota[best] = quota.get(best, 0.0) - 1.0
+        quota[best] -= 1.0
     return width
 
 

@@ -8,45 +8,49 @@
      raises the epoch and ────────┘                                                    │ all Attached
      begins again from here                              plan: nothing fits ─► refusing│
                                                                                        ▼
-  serving ◄─ forming ◄─ restoring ◄─ loading ◄──── Reserved ──── reserving ◄──── compacting
-     all Formed   all Restored   all Loaded                             (where KV has to shrink)
+  serving ◄─ forming ◄─ arranging ◄─ restoring ◄─ loading ◄─ reserving ◄────────── compacting
+     all Formed   all Arranged   all Restored  all Loaded   Reserved        (where KV has to shrink)
 ```
 
+Loading is a phase of its own only where the next one needs all bytes: at the start, and before units are given up
+(`arranging`). Else weights arrive while planes are restored, the group is formed, and the first step runs: a layer
+computes when its bytes are there.
+
 `layout` always says what is whole in the devices' arenas, so a second fault in the middle of a recovery plans
-from what really arrived. Nothing here reads a clock, a socket or a tensor; the engine's controller does the IO.
+from what really arrived. Changes that nobody has to wait for (`recovery.change`) load while the engine serves, and
+then go the same way from leaving to serving, with nothing left to plan or to load. Nothing here reads a clock, a
+socket or a tensor; the engine's controller does the IO.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from anchortp.errors import DoesNotFit
-from anchortp.layout import (
-    ATTENTION,
-    FAMILIES,
-    KV,
-    KVAddresses,
-    Layout,
-    ModelUnits,
-    Shard,
-    WeightAddresses,
-    check_devices,
-    empty_shard,
-)
-from anchortp.plan import Plan, fill_plan, shrink_plan
+from anchortp.errors import ConfigError, DoesNotFit
+from anchortp.layout import ATTENTION, KV, Layout, ModelUnits, Shard, check_devices, empty_shard
+from anchortp.plan import POLICIES, REPLICATED, Move, Plan, Problem, Rates, Topology, fill_plan
+from anchortp.recovery import change as ch
+from anchortp.recovery.change import PlannedChange
+from anchortp.recovery.devices import Device, fitting_kv_blocks
 from anchortp.recovery.events import (
     Abort,
     Adopt,
     Adopted,
     AnchorGone,
+    Arrange,
+    Arranged,
     Attach,
     Attached,
+    CancelLoad,
     CensusTaken,
+    Change,
     Command,
     Compact,
     Compacted,
+    DeviceFound,
     Drop,
     Event,
     Fence,
@@ -59,6 +63,7 @@ from anchortp.recovery.events import (
     Loaded,
     LoadFailed,
     PlaneSource,
+    Record,
     Refuse,
     Reserve,
     Reserved,
@@ -66,6 +71,7 @@ from anchortp.recovery.events import (
     Restored,
     Resume,
     Start,
+    Switch,
     TakeCensus,
     Tick,
     WorkerGone,
@@ -75,7 +81,8 @@ from anchortp.recovery.story import Episode, Line
 
 IDLE, LEAVING, CENSUS, ADOPTING, ATTACHING = "idle", "leaving", "census", "adopting", "attaching"
 COMPACTING, RESERVING, LOADING, RESTORING = "compacting", "reserving", "loading", "restoring"
-FORMING, SERVING, REFUSING = "forming", "serving", "refusing"
+ARRANGING, FORMING, SERVING, REFUSING = "arranging", "forming", "serving", "refusing"
+ENGINE_POLICIES = ("makespan", "units", "cmm", "greedy")  # `reload` is what a restart does
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +92,7 @@ class RecoveryConfig:
     `kv_blocks`: blocks of `kv_block_size` tokens that are wanted; `min_kv_blocks`: fewer are not worth serving.
     `max_failures`: a device whose worker dies that often without the engine serving in between is given up.
     `load_bytes_per_s`: a load slower than this counts as hung. `kv_mirror`: the host keeps copies of KV blocks.
+    `policy`: who plans, see `plan.POLICIES`. `pipelined`: serve while weights still arrive.
     """
 
     kv_block_size: int
@@ -98,43 +106,61 @@ class RecoveryConfig:
     form_timeout_s: float = 30.0
     max_failures: int = 3
     kv_mirror: bool = False
+    policy: str = "makespan"
+    pipelined: bool = True
 
 
-@dataclass(slots=True, kw_only=True)
-class _Device:
-    budget_bytes: int
-    shard: Shard
-    fresh: bool  # the arena holds nothing yet, not even the replicated tensors
-    has_anchor: bool = True
-    has_worker: bool = False
-    failures: int = 0
-    planes: frozenset[int] = frozenset()  # KV heads whose planes are as good as `Coordinator._kv` says
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Order:
+    """A `Load` that was said: when it is answered, `device` holds `after`."""
+
+    device: str
+    after: Shard
+    fresh: bool
 
 
 class Coordinator:
     """One engine's recovery. `handle` is the only way in; everything readable is plain attributes.
 
     `epoch`, `phase`, `deadline_s` (clock time at which a `Tick` is due, None if nothing is awaited), `layout`,
-    `num_kv_blocks`, `episodes` (the story, oldest first), `log` (every event with its time, for replay).
+    `num_kv_blocks`, `episodes` (the story, oldest first), `log` (every event with its time, for replay),
+    `speeds` (the present ones), `rates` (of links, as measured), `wants_switch` (feed `Switch` as soon as no step is
+    in flight).
     """
 
     def __init__(self, units: ModelUnits, config: RecoveryConfig):
+        assert config.policy in ENGINE_POLICIES
         self.units = units
         self.config = config
         self.epoch = 0
         self.phase = IDLE
-        self.deadline_s: float | None = None
         self.num_kv_blocks = 0
+        self.speeds = dict(config.speeds or {})
+        self.rates = Rates(measured={})
         self.episodes: list[Episode] = []
         self.log: list[tuple[float, Event]] = []
-        self._devices: dict[str, _Device] = {}
+        self._episode: Episode | None = None  # of the latest recovery; a change has its own
+        self._devices: dict[str, Device] = {}
         self._waiting: set[str] = set()
+        self._phase_deadline_s: float | None = None
+        self._load_deadline_s: float | None = None
+        self._ticket = 0
+        self._orders: dict[int, _Order] = {}  # by ticket; the answers that would be facts
+        self._loading: set[str] = set()  # devices that the present layout still waits for
+        self._unreadable: set[str] = set()  # devices that could not be copied from, in this recovery
         self._plan_made: Plan | None = None
         self._target: Layout | None = None
+        self._staged: Layout | None = None  # the target, and what is still held beside it
         self._kv = KVState.lost
         self._copies: set[tuple[str, int, str]] = set()  # (from, KV head, to): planes copied in this episode
         self._restore_failed = False  # in this epoch
         self._missing: set[tuple[str, int]] = set()
+        self._change: PlannedChange | None = None
+        self._kv_cap: int | None = None  # a change needs room: so many blocks at most until it is through
+        self._after_loads: Callable[[], None] | None = None
+        self._wishes: deque[Change] = deque()
+        self._joining: dict[str, Device] = {}
+        self._going: list[str] = []  # members until a moment ago; dropped when the engine serves without them
         self._commands: list[Command] = []
         self._now = 0.0
 
@@ -149,8 +175,35 @@ class Coordinator:
     def members(self) -> tuple[str, ...]:
         return tuple(self._devices)
 
-    def held_bytes(self) -> int:
-        return sum(self.layout.weight_bytes(self.units, d) for d in self._devices)
+    @property
+    def served(self) -> int:
+        """Index of the episode after which the engine serves now."""
+        return self.episodes.index(self._recovery)
+
+    @property
+    def is_whole(self) -> bool:
+        """Every byte of the layout that is served has arrived."""
+        return not self._loading
+
+    @property
+    def is_calm(self) -> bool:
+        """Serves, and nothing is changing."""
+        return self.phase == SERVING and self.is_whole and self._change is None and not self._wishes
+
+    @property
+    def wants_switch(self) -> bool:
+        ready = self._change is not None and self._change.step == ch.READY
+        return ready and self._recovery.ended_s is not None  # else a worker has just been fenced
+
+    @property
+    def deadline_s(self) -> float | None:
+        change = self._change.deadline_s if self._change is not None else None
+        return min((d for d in (self._phase_deadline_s, self._load_deadline_s, change) if d is not None), default=None)
+
+    @property
+    def load_deadline_s(self) -> float | None:
+        """Until when a step may have to wait for weights; None if it has not."""
+        return self._load_deadline_s
 
     def snapshot(self) -> dict[str, dict[str, Any]]:
         """JSON-able: what each device holds now, for `status`."""
@@ -161,7 +214,8 @@ class Coordinator:
                 "weight_bytes": layout.weight_bytes(self.units, name),
                 "has_worker": device.has_worker,
                 "has_anchor": device.has_anchor,
-                **{f"{family}_units": len(device.shard[family]) for family in FAMILIES},
+                "speed": self.speeds.get(name, 1.0),
+                **{f"{family}_units": len(device.shard[family]) for family in self.units.families},
             }
             for name, device in self._devices.items()
         }
@@ -180,12 +234,16 @@ class Coordinator:
 
     def validate(self) -> None:
         """Asserts what holds between any two events."""
-        assert self._waiting <= set(self._devices), "waits for a device that is gone"
-        assert (self.deadline_s is not None) == (self.phase in _TIMED), f"{self.phase}: deadline"
+        assert self._waiting <= set(self._devices) | set(self._joining), "waits for a device that is gone"
+        assert (self._phase_deadline_s is not None) == (self.phase in _TIMED), f"{self.phase}: deadline"
+        assert (self._load_deadline_s is not None) == bool(self._loading), "loads without a deadline"
         if self.phase == SERVING:
-            self.layout.check(self.units)
             assert all(d.has_worker for d in self._devices.values()), "serves without a worker"
             assert not self._waiting
+            if self.is_whole:
+                self.layout.check(self.units)
+        if self._change is not None:
+            assert self.phase == SERVING or self._change.step == ch.SWITCHING, "a change outlives the group"
 
     # ------------------------------------------------------------------------------------------- events
 
@@ -193,14 +251,7 @@ class Coordinator:
         assert self.phase == IDLE, "an engine starts once"
         check_devices(self.units, [found.device for found in event.devices], self.config.speeds)
         self.epoch = event.epoch
-        self._devices = {
-            found.device: _Device(
-                budget_bytes=found.budget_bytes,
-                shard=found.shard or empty_shard(found.device),
-                fresh=found.shard is None,
-            )
-            for found in event.devices
-        }
+        self._devices = {found.device: _device(found) for found in event.devices}
         self._begin_episode("start")
         self._forget_lopsided_state()
         if event.num_kv_blocks:
@@ -211,13 +262,17 @@ class Coordinator:
         self._take_census()
 
     def _on_worker_gone(self, event: WorkerGone) -> None:
-        device = self._devices.get(event.device)
+        device = self._find(event.device)
         if device is None or not device.has_worker:
             return
         device.has_worker = False
         device.failures += 1
         self._waiting.discard(event.device)
-        self._fault(f"worker of {event.device} is gone: {event.reason}")
+        self._forget_load(event.device)
+        if device.arranging is not None:
+            device.arranging, device.fresh, device.planes = None, True, frozenset()
+            device.shard = empty_shard(event.device)
+        self._fault(f"worker of {event.device} is gone: {event.reason}", event.device)
 
     def _on_worker_hung(self, event: WorkerHung) -> None:
         if event.device not in self._devices or not self._devices[event.device].has_worker:
@@ -228,26 +283,31 @@ class Coordinator:
         self._do(Fence(device=event.device, reason=event.reason))
 
     def _on_anchor_gone(self, event: AnchorGone) -> None:
-        device = self._devices.get(event.device)
+        device = self._find(event.device)
         if device is None or not device.has_anchor:
             return
         device.has_anchor = False
-        if self.phase == SERVING and device.has_worker:
-            self._say(
-                f"anchor of {event.device} is gone, its worker is not: a new anchor adopts the memory",
-                self.episodes[-1],
-            )
+        if event.device in self._joining:
+            self._lose_joining(event.device, "its anchor is gone")
+        elif self.phase == SERVING and device.has_worker:
+            self._say(f"anchor of {event.device} is gone, its worker is not: a new anchor adopts the memory")
             self._do(Adopt(device=event.device, epoch=self.epoch))
         elif self.phase not in (SERVING, LEAVING, CENSUS, REFUSING):
-            self._fault(f"anchor of {event.device} is gone")
+            self._fault(f"anchor of {event.device} is gone", event.device)
 
     def _on_left(self, event: Left) -> None:
-        if self.phase == LEAVING and event.epoch == self.epoch:
+        if event.epoch != self.epoch:
+            return
+        if self.phase == LEAVING:
             self._arrived(event.device, self._take_census)
+        elif self._change is not None:
+            self._joined(event.device)
 
     def _on_census(self, event: CensusTaken) -> None:
         if self.phase != CENSUS or event.epoch != self.epoch:
             return
+        for name in [name for name in self._joining if self._change is not None and name not in event.alive]:
+            self._lose_joining(name, "its anchor does not answer")
         for name, device in list(self._devices.items()):
             if name not in event.alive:
                 device.has_anchor = False
@@ -265,10 +325,8 @@ class Coordinator:
         if device is None:
             return
         device.has_anchor = event.ok
-        self._say(
-            f"new anchor of {event.device} " + ("holds its memory" if event.ok else f"failed: {event.reason}"),
-            self.episodes[-1],
-        )
+        result = "holds its memory" if event.ok else f"failed: {event.reason}"
+        self._say(f"new anchor of {event.device} {result}")
         if self.phase == SERVING and not event.ok:
             self._adopt_again(event.device)
         if self.phase != ADOPTING:
@@ -286,52 +344,61 @@ class Coordinator:
             self._do(Adopt(device=name, epoch=self.epoch))
 
     def _on_attached(self, event: Attached) -> None:
-        device = self._devices.get(event.device)
-        if device is None:
+        if event.epoch != self.epoch:
             return
-        if self.phase == ATTACHING and event.epoch == self.epoch:
+        if self.phase == ATTACHING:
             self._arrived(event.device, self._plan)
+        elif self._change is not None:
+            self._joined(event.device)
 
     def _on_reserved(self, event: Reserved) -> None:
-        if self.phase != RESERVING or event.epoch != self.epoch:
+        if event.epoch != self.epoch or event.ticket != self._ticket:
             return
-        if event.refused:
-            self._refuse(event.refused)
-            return
-        assert self._target is not None
-        to_load = [
-            (name, shard)
-            for name, shard in ((s.device, s) for s in self._target.shards)
-            if shard != self._devices[name].shard or self._devices[name].fresh
-        ]
-        largest = max((self._load_bytes(name, shard) for name, shard in to_load), default=0)
-        timeout = self.config.load_timeout_s + largest / self.config.load_bytes_per_s
-        for name, shard in to_load:
-            device = self._devices[name]
-            self._do(Load(device=name, epoch=self.epoch, before=device.shard, after=shard, fresh=device.fresh))
-        self._await(LOADING, [name for name, _ in to_load], timeout, self._restore)
+        if self.phase == RESERVING:
+            if event.refused:
+                self._refuse(event.refused)
+            else:
+                self._load()
+        elif self._change is not None and self._change.step == ch.RESERVING:
+            if event.refused:
+                self._give_up_change(event.refused)
+            else:
+                self._load_behind()
 
     def _on_loaded(self, event: Loaded) -> None:
         """A fact whatever the epoch: the bytes of the load that was asked for are in the arena."""
-        device = self._devices.get(event.device)
-        if device is None or self._target is None or event.device not in self._target.devices:
+        order = self._orders.pop(event.ticket, None)
+        if order is None:
             return
-        after = self._target[event.device]
-        episode = self.episodes[-1]
-        episode.loaded_bytes += event.num_bytes
-        if device.fresh:
+        for text in event.rerouted:
+            self._say(f"{event.device}: {text}")
+        self.rates = self.rates.fold(event.device, {source: (size, rate) for source, size, rate in event.links})
+        if self._change is not None and self._change.step == ch.LOADING:
+            self._loaded_behind(event)
+            return
+        device, episode = self._devices[order.device], self._recovery
+        self._count_load(episode, event)
+        if order.fresh:
             episode.replicated_bytes += self.units.replicated_bytes
-        for family in FAMILIES:
-            new = after[family][len(device.shard[family]) :]
-            self._missing -= {(family, unit) for unit in new}
-        device.shard, device.fresh = after, False
-        if self.phase == LOADING and event.epoch == self.epoch:
-            self._say(f"{event.device} loaded {event.num_bytes} bytes")
-            self._arrived(event.device, self._restore)
+        device.shard, device.fresh = order.after, False
+        held = {family: set(order.after[family]) for family in self.units.families}
+        self._missing = {(family, unit) for family, unit in self._missing if unit not in held[family]}
+        self._forget_load(event.device)
+        if not self._loading:
+            self._all_loaded()
 
     def _on_load_failed(self, event: LoadFailed) -> None:
-        if self.phase == LOADING and event.epoch == self.epoch:
-            self._refuse(f"{event.device} could not load its weights: {event.reason}")
+        if self._orders.pop(event.ticket, None) is None:
+            return
+        reason = f"{event.device} could not load its weights: {event.reason}"
+        if self._change is not None and self._change.step == ch.LOADING:
+            self._give_up_change(reason)
+        elif event.source and event.source not in self._unreadable:
+            self._forget_load(event.device)
+            self._unreadable.add(event.source)  # the next plan asks somebody else
+            self._fault(reason, event.device)
+        else:
+            self._refuse(reason)
 
     def _on_compacted(self, event: Compacted) -> None:
         if self.phase == COMPACTING and event.epoch == self.epoch:
@@ -339,18 +406,27 @@ class Coordinator:
 
     def _on_restored(self, event: Restored) -> None:
         """Good for as long as the engine does not serve: nobody writes to the cache in the meantime."""
-        device = self._devices.get(event.device)
+        device = self._find(event.device)
         if device is None or self._target is None or event.device not in self._target.devices:
             return
-        episode = self.episodes[-1]
-        episode.kv_copied_bytes += event.copied_bytes
-        episode.kv_restored_bytes += event.restored_bytes
+        self._recovery.kv_copied_bytes += event.copied_bytes
+        self._recovery.kv_restored_bytes += event.restored_bytes
         if event.ok:
-            device.planes = frozenset(self._target[event.device][KV])
+            device.planes |= frozenset(self._target[event.device][KV])
         else:
             self._say(f"{event.device} could not restore its KV planes")
             self._restore_failed |= event.epoch == self.epoch
         if self.phase == RESTORING and event.epoch == self.epoch:
+            self._arrived(event.device, self._wait_for_loads)
+
+    def _on_arranged(self, event: Arranged) -> None:
+        """A fact whatever the epoch, as `Loaded` is."""
+        device = self._devices.get(event.device)
+        if device is None or device.arranging is None:
+            return
+        device.shard, device.arranging = device.arranging, None
+        device.planes &= frozenset(device.shard[KV])
+        if self.phase == ARRANGING and event.epoch == self.epoch:
             self._arrived(event.device, self._form)
 
     def _on_formed(self, event: Formed) -> None:
@@ -358,19 +434,40 @@ class Coordinator:
             self._arrived(event.device, self._serve)
 
     def _on_tick(self, event: Tick) -> None:
-        if self.deadline_s is None or self._now < self.deadline_s:
-            return
-        late = sorted(self._waiting)
-        self._say(f"{', '.join(late) or 'the shell'} did not answer in time in phase {self.phase}")
-        self.deadline_s = self._now + self.config.leave_timeout_s
+        if self._is_over(self._phase_deadline_s):
+            self._phase_deadline_s = self._now + self.config.leave_timeout_s
+            self._fence_late(self._waiting, f"phase {self.phase}")
+        if self._is_over(self._load_deadline_s):
+            self._load_deadline_s = self._now + self.config.leave_timeout_s
+            self._fence_late(self._loading, "a load")
+        if self._change is not None and self._is_over(self._change.deadline_s):
+            late = ", ".join(sorted(self._change.waiting)) or "the shell"
+            self._interrupt_change(f"{late} did not answer in time while {self._change.step}")
+            self._next_change()
+
+    def _is_over(self, deadline_s: float | None) -> bool:
+        return deadline_s is not None and self._now >= deadline_s
+
+    def _fence_late(self, names: set[str], what: str) -> None:
+        late = sorted(names)
+        self._say(f"{', '.join(late) or 'the shell'} did not answer in time in {what}")
         for name in late:
-            if self._devices[name].has_worker:
-                self._do(Fence(device=name, reason=f"no answer in phase {self.phase}"))
+            device = self._find(name)
+            if device is not None and device.has_worker:
+                self._do(Fence(device=name, reason=f"no answer in {what}"))
 
     # ------------------------------------------------------------------------------------------- phases
 
-    def _fault(self, cause: str) -> None:
+    def _fault(self, cause: str, name: str) -> None:
         """Something broke. Before anything of this epoch was built, it is only noted; later the epoch rises."""
+        if self._change is not None:
+            alone = self.phase == SERVING and name in self._joining  # no member has a part in it
+            self._interrupt_change(cause)
+            if alone:
+                self._next_change()
+                return
+        elif name in self._joining:
+            return
         self._begin_episode_if_serving(cause)
         self._say(cause)
         if self.phase == LEAVING:
@@ -385,7 +482,9 @@ class Coordinator:
         self._do(Abort(epoch=self.epoch))
         self.epoch += 1
         self._restore_failed = False  # whoever lacks planes is told again where from
-        live = [name for name, device in self._devices.items() if device.has_worker]
+        self._loading, self._load_deadline_s = set(), None
+        present = self._devices | (self._joining if self._change is not None else {})
+        live = [name for name, device in present.items() if device.has_worker]
         self._say(f"epoch {self.epoch} begins; {len(live)} worker(s) leave the old group")
         for name in live:
             self._do(Leave(device=name, epoch=self.epoch))
@@ -393,38 +492,41 @@ class Coordinator:
 
     def _take_census(self) -> None:
         self._enter(CENSUS)
-        self._do(TakeCensus(epoch=self.epoch, devices=self.members))
+        joining = tuple(self._joining) if self._change is not None else ()
+        self._do(TakeCensus(epoch=self.epoch, devices=(*self.members, *joining)))
 
     def _attach(self) -> None:
         idle = [name for name, device in self._devices.items() if not device.has_worker]
         for name in idle:
             # From here on its death is heard as WorkerGone, like that of any worker.
             self._devices[name].has_worker = True
-            self.episodes[-1].workers_replaced.append(name)
+            self._recovery.workers_replaced.append(name)
             self._say(f"a spare process takes over {name}")
             self._do(Attach(device=name, epoch=self.epoch))
         self._await(ATTACHING, idle, self.config.attach_timeout_s, self._plan)
 
     def _plan(self) -> None:
+        # Whoever had to answer has: what they loaded is known, and no load of an older epoch runs any more.
+        self._orders.clear()
+        for device in self._devices.values():
+            device.planes &= frozenset(device.shard[KV])  # a plane whose KV head has not arrived has no place either
+        if self._change is not None and self._change.step == ch.SWITCHING:
+            self._use_plan_of_change()
+            return
         try:
             plan = self._make_plan()
-            blocks = self._fit_kv_blocks(plan.after)
+            staged = ch.staged_layout(plan, self.layout)
+            blocks = self._fitting_kv_blocks(staged)
         except DoesNotFit as error:
             self._refuse(str(error))
             return
-        episode = self.episodes[-1]
-        missing = self._missing_units()
-        episode.lost_bytes += sum(self.units.unit_bytes[f] for f, _ in missing - self._missing)
-        self._missing = missing
-        episode.replica_bytes += plan.replica_bytes
-        for reason in plan.reasons:
-            self._say(reason)
-        self._plan_made, self._target = plan, plan.after
+        self._count_missing(plan)
+        self._plan_made, self._target, self._staged = plan, plan.after, staged
         self._find_kv_sources()
         before, self.num_kv_blocks = self.num_kv_blocks, blocks
         if blocks < before:
             self._say(f"KV cache shrinks from {before} to {blocks} blocks to make room for weights")
-        if not plan.moves and blocks == before and not self._any_fresh():
+        if not ch.loads_of(plan) and blocks == before and not self._any_fresh():
             self._restore()
         elif blocks < before and self._kv is not KVState.lost:
             holders = tuple(name for name, device in self._devices.items() if device.planes)
@@ -433,18 +535,95 @@ class Coordinator:
         else:
             self._reserve()
 
+    def _count_missing(self, plan: Plan) -> None:
+        missing, episode = self._missing_units(), self._recovery
+        episode.lost_bytes += sum(self.units.unit_bytes[f] for f, _ in missing - self._missing)
+        self._missing = missing
+        episode.replica_bytes += plan.replica_bytes - sum(m.num_bytes for m in plan.moves if m.family == REPLICATED)
+        for reason in plan.reasons:
+            self._say(reason)
+
     def _reserve(self) -> None:
-        assert self._plan_made is not None
+        assert self._staged is not None
         self._enter(RESERVING)
-        fresh = tuple(name for name, device in self._devices.items() if device.fresh)
-        self._do(Reserve(epoch=self.epoch, plan=self._plan_made, num_kv_blocks=self.num_kv_blocks, fresh=fresh))
+        self._ticket += 1
+        self._do(
+            Reserve(
+                epoch=self.epoch,
+                ticket=self._ticket,
+                staged=self._staged,
+                num_kv_blocks=self.num_kv_blocks,
+                fresh=tuple(name for name, device in self._devices.items() if device.fresh),
+            )
+        )
+
+    def _load(self) -> None:
+        assert self._plan_made is not None and self._staged is not None
+        self._order_loads(self._plan_made, self._staged, self._devices, background=False)
+        if self.episodes[0].ended_s is not None and self.config.pipelined:
+            self._restore()
+        else:
+            self._wait_for_loads(self._restore)
+
+    def _order_loads(
+        self, plan: Plan, staged: Layout, devices: Mapping[str, Device], *, background: bool
+    ) -> dict[str, int]:
+        """Returns the bytes that each device is to get."""
+        moves = {name: tuple(m for m in ch.loads_of(plan) if m.device == name) for name in devices}
+        wanted = {name: _num_bytes(moves[name]) for name in devices if moves[name] or devices[name].fresh}
+        for name in wanted:
+            device = devices[name]
+            self._ticket += 1
+            self._orders[self._ticket] = _Order(device=name, after=staged[name], fresh=device.fresh)
+            self._do(
+                Load(
+                    device=name,
+                    epoch=self.epoch,
+                    ticket=self._ticket,
+                    before=device.shard,
+                    after=staged[name],
+                    fresh=device.fresh,
+                    moves=moves[name],
+                    background=background,
+                )
+            )
+        if wanted and not background:
+            self._loading = set(wanted)
+            self._load_deadline_s = self._now + self._load_timeout(wanted)
+        return wanted
+
+    def _load_timeout(self, wanted: Mapping[str, int]) -> float:
+        return self.config.load_timeout_s + max(wanted.values(), default=0) / self.config.load_bytes_per_s
+
+    def _all_loaded(self) -> None:
+        self._load_deadline_s = None
+        self._recovery.whole_s = self._now
+        if self.phase == LOADING:
+            then, self._after_loads = self._after_loads, None
+            assert then is not None
+            then()
+        elif self.phase == SERVING:
+            self._record()
+            self._next_change()
+
+    def _wait_for_loads(self, then: Callable[[], None] | None = None) -> None:
+        """Goes on to `then` (by default: to arrange) when all bytes are there, if it needs them."""
+        then = then or self._arrange
+        gives_up = self._staged != self._target
+        if self._loading and (gives_up or then == self._restore):
+            self._enter(LOADING)
+            self._after_loads = then
+        else:
+            then()
 
     def _new_planes(self) -> dict[str, tuple[PlaneSource, ...]]:
         """Per device the KV heads whose planes it lacks, and the first device that has them."""
         assert self._target is not None
         result = {}
         for shard in self._target.shards:
-            missing = [head for head in shard[KV] if head not in self._devices[shard.device].planes]
+            device = self._find(shard.device)
+            assert device is not None
+            missing = [head for head in shard[KV] if head not in device.planes]
             if missing:
                 result[shard.device] = tuple(
                     PlaneSource(head=head, device=next((n for n, d in self._devices.items() if head in d.planes), None))
@@ -467,22 +646,67 @@ class Coordinator:
 
     def _restore(self) -> None:
         """Planes that are new on a device are copied from one that has them, or from the mirror."""
-        assert self._target is not None
+        assert self._staged is not None
         new = {} if self._kv is KVState.lost else self._new_planes()
         self._copies |= {(p.device, p.head, name) for name, planes in new.items() for p in planes if p.device}
-        self._await(RESTORING, list(new), self.config.load_timeout_s, self._form)
+        self._await(RESTORING, list(new), self.config.load_timeout_s, self._wait_for_loads)
         for name, planes in new.items():
-            self._do(Restore(device=name, epoch=self.epoch, planes=planes, layout=self._target))
+            self._do(Restore(device=name, epoch=self.epoch, planes=planes, layout=self._staged))
+
+    def _arrange(self) -> None:
+        """From here on the target holds: units that it does not name are given up, and their slots closed."""
+        assert self._target is not None and self._staged is not None
+        if self._change is not None:
+            self._commit_change()
+        moving = [shard.device for shard in self._target.shards if ch.arrangement(self._staged[shard.device], shard)]
+        for shard in self._target.shards:
+            device = self._devices[shard.device]
+            if shard.device in moving:
+                device.arranging = shard
+            elif shard.device not in self._loading:
+                device.shard = shard
+                device.planes &= frozenset(shard[KV])
+        self._await(ARRANGING, moving, self.config.load_timeout_s, self._form)
+        for name in moving:
+            before, after = self._staged[name], self._target[name]
+            self._do(Arrange(device=name, epoch=self.epoch, before=before, after=after))
 
     def _make_plan(self) -> Plan:
         if not self._devices:
             raise DoesNotFit("no device is left; start anchors and serve again.")
         if all(not any(device.shard.slots) for device in self._devices.values()):
-            return fill_plan(self.units, self.members, self.config.speeds)
-        return shrink_plan(self.units, self.layout, (), self.config.speeds)
+            return fill_plan(self.units, self.members, self.speeds)
+        return self._plan_for(self.members, self.speeds)
+
+    def _plan_for(self, devices: tuple[str, ...], speeds: Mapping[str, float]) -> Plan:
+        """To the group of `devices`, from what is held now. Memory is checked with KV blocks, by the caller.
+
+        Raises DoesNotFit, ConfigError.
+        """
+        held = Layout(shards=tuple(d.shard for d in self._devices.values() if not d.fresh))
+        problem = Problem(
+            units=self.units,
+            before=held,
+            devices=devices,
+            topology=self._topology(tuple(dict.fromkeys((*held.devices, *devices)))),
+            speeds=dict(speeds) or None,
+            relays=False,
+            parts=False,
+        )
+        return POLICIES[self.config.policy](problem)
+
+    def _topology(self, devices: tuple[str, ...]) -> Topology:
+        """The links of this machine as they were measured, less those from devices that could not be read."""
+        topology = self.rates.topology(devices)
+        if not self._unreadable:
+            return topology
+        links = tuple(link for link in topology.links if link.src not in self._unreadable)
+        return replace(topology, links=links)
 
     def _form(self) -> None:
         assert self._target is not None
+        if self._staged != self._target or self._going:
+            self.num_kv_blocks = max(self.num_kv_blocks, self._fitting_kv_blocks(self._target))
         self._await(FORMING, list(self.members), self.config.form_timeout_s, self._serve)
         self._do(Form(epoch=self.epoch, layout=self._target, num_kv_blocks=self.num_kv_blocks))
 
@@ -490,46 +714,278 @@ class Coordinator:
         self._enter(SERVING)
         if self._restore_failed:
             self._kv = KVState.lost
-        episode = self.episodes[-1]
+        episode = self._recovery
         episode.kv, episode.ended_s, episode.outcome = self._kv.value, self._now, "serving"
         self._say(_KV_WORDS[self._kv])
         self._do(Resume(epoch=self.epoch, kv=self._kv, num_kv_blocks=self.num_kv_blocks))
-        self._copies, self._restore_failed = set(), False
+        self._copies, self._restore_failed, self._unreadable = set(), False, set()
         # From here on whatever the cache is said to hold is written by this group, to every plane.
         self._kv = KVState.whole
-        for device in self._devices.values():
+        assert self._target is not None
+        for name, device in self._devices.items():
             device.failures = 0
-            device.planes = frozenset(device.shard[KV])
+            device.planes = frozenset(self._target[name][KV])
+        for name in self._going:
+            self._do(Drop(device=name, reason="it was asked to leave"))
+        self._going = []
+        if self.is_whole:
+            episode.whole_s = self._now
+            self._record()
+            self._next_change()
+        else:
+            self._say(f"{', '.join(sorted(self._loading))} still load(s): a layer computes when it is there")
+
+    def _record(self) -> None:
+        self._do(Record(epoch=self.epoch, layout=self.layout, num_kv_blocks=self.num_kv_blocks))
 
     def _refuse(self, reason: str) -> None:
         self._enter(REFUSING)
-        self._waiting.clear()
+        self._loading, self._load_deadline_s = set(), None
         self._say(f"refuse: {reason}")
-        self.episodes[-1].ended_s, self.episodes[-1].outcome = self._now, f"refusing: {reason}"
+        self._recovery.ended_s, self._recovery.outcome = self._now, f"refusing: {reason}"
         self._do(Refuse(epoch=self.epoch, reason=reason))
+        while self._wishes:
+            self._turn_down(self._wishes.popleft(), f"the engine refuses requests: {reason}")
+
+    # ------------------------------------------------------------------------------------------ changes
+
+    def _on_change(self, event: Change) -> None:
+        if self.phase == REFUSING:
+            self._turn_down(event, f"the engine refuses requests: {self._recovery.outcome}")
+            return
+        self._wishes.append(event)
+        self._next_change()
+
+    def _next_change(self) -> None:
+        if self.phase != SERVING or not self.is_whole or self._change is not None or not self._wishes:
+            return
+        wish = self._wishes.popleft()
+        problem = self._what_is_wrong_with(wish)
+        if problem:
+            self._turn_down(wish, problem)
+            return
+        for found in wish.add:
+            if found.device not in self._joining:  # else it has been waiting since a fault
+                self._joining[found.device] = replace(_device(found), shard=empty_shard(found.device), fresh=True)
+        change = PlannedChange(wish=wish, episode=self._new_episode(_name(wish), wish.change_id), joining=self._joining)
+        self._change = change
+        change.enter(ch.ATTACHING, self._now, set(self._joining), self.config.attach_timeout_s)
+        for name, device in self._joining.items():
+            if device.has_worker:
+                self._do(Leave(device=name, epoch=self.epoch))
+            else:
+                device.has_worker = True
+                self._do(Attach(device=name, epoch=self.epoch))
+        if not self._joining:
+            self._plan_change()
+
+    def _what_is_wrong_with(self, wish: Change) -> str:
+        members = ", ".join(self.members)
+        if wish.problem:
+            return wish.problem
+        for found in wish.add:
+            if found.device in self._devices:
+                return f"{found.device} is in the group already, which has {members}"
+        for name in wish.remove:
+            if name not in self._devices:
+                return f"{name} is not in the group, which has {members}"
+        for name, _ in wish.speeds or ():
+            if name not in self._devices:
+                return f"{name} is not in the group, which has {members}"
+        if wish.attempt >= ch.MAX_ATTEMPTS:
+            return f"faults have interrupted it {wish.attempt} times"
+        if wish.plan is None and not (wish.add or wish.remove or wish.speeds is not None):
+            return "the layout that it was made for is gone"
+        return ""
+
+    def _turn_down(self, wish: Change, reason: str) -> None:
+        self._end_change(self._new_episode(_name(wish), wish.change_id), f"refused: {reason}")
+        self._kv_cap = None
+        for found in wish.add:
+            if found.device not in self._devices:
+                self._joining.pop(found.device, None)
+                self._do(Drop(device=found.device, reason=reason))
+
+    def _end_change(self, episode: Episode, outcome: str) -> None:
+        self._say(outcome, episode)
+        episode.ended_s, episode.outcome = self._now, outcome
+
+    def _joined(self, name: str) -> None:
+        change = self._change
+        assert change is not None
+        if change.step == ch.ATTACHING and name in change.waiting:
+            change.waiting.discard(name)
+            if not change.waiting:
+                self._plan_change()
+
+    def _plan_change(self) -> None:
+        change = self._change
+        assert change is not None
+        wish, everybody = change.wish, self._devices | self._joining
+        devices = tuple(name for name in everybody if name not in wish.remove)
+        try:
+            plan = wish.plan or self._plan_for(devices, self._speeds_after(wish))
+            staged = ch.staged_layout(plan, self.layout)
+            blocks = self._fitting_kv_blocks(staged)
+        except (DoesNotFit, ConfigError) as error:
+            self._give_up_change(str(error))
+            return
+        for reason in plan.reasons:
+            self._say(reason, change.episode)
+        if plan.after == self.layout:
+            self._give_up_change("nothing has to change", outcome="done: nothing had to change")
+        elif blocks < self.num_kv_blocks:
+            self._make_room(blocks)
+        else:
+            change.plan = plan
+            change.enter(ch.RESERVING, self._now, timeout_s=self.config.load_timeout_s)
+            self._ticket += 1
+            fresh = tuple(self._joining)
+            kv_blocks = self.num_kv_blocks
+            self._do(
+                Reserve(epoch=self.epoch, ticket=self._ticket, staged=staged, num_kv_blocks=kv_blocks, fresh=fresh)
+            )
+
+    def _speeds_after(self, wish: Change) -> dict[str, float]:
+        speeds = self.speeds if wish.speeds is None else dict(wish.speeds)
+        return {name: speed for name, speed in speeds.items() if name not in wish.remove}
+
+    def _make_room(self, blocks: int) -> None:
+        """The cache has to shrink first. That needs a pause of its own; then the change begins again."""
+        change = self._change
+        assert change is not None
+        wish, episode = change.wish, change.episode
+        self._end_change(episode, f"first the KV cache shrinks to {blocks} blocks to make room")
+        self._change, self._kv_cap = None, blocks
+        self._wishes.appendleft(wish)
+        self._begin_episode(f"make room for: {wish.why}")
+        self._raise_epoch()
+
+    def _load_behind(self) -> None:
+        change = self._change
+        assert change is not None and change.plan is not None
+        everybody = self._devices | self._joining
+        staged = ch.staged_layout(change.plan, self.layout)
+        wanted = self._order_loads(change.plan, staged, everybody, background=True)
+        # Steps come first, so it may take a multiple of the time that an undisturbed load would.
+        timeout_s = 10 * self._load_timeout(wanted)
+        change.enter(ch.LOADING if wanted else ch.READY, self._now, set(wanted), timeout_s if wanted else None)
+
+    def _loaded_behind(self, event: Loaded) -> None:
+        change = self._change
+        assert change is not None
+        self._count_load(change.episode, event)
+        if event.device in self._joining:
+            change.episode.replicated_bytes += self.units.replicated_bytes
+        change.waiting.discard(event.device)
+        if not change.waiting:
+            change.enter(ch.READY, self._now)
+
+    def _on_switch(self, event: Switch) -> None:
+        if not self.wants_switch or self.phase != SERVING:
+            return
+        change = self._change
+        assert change is not None
+        change.enter(ch.SWITCHING, self._now)
+        self._episode = change.episode
+        self._say("all bytes are there: the group switches")
+        self._raise_epoch()
+
+    def _use_plan_of_change(self) -> None:
+        change = self._change
+        assert change is not None and change.plan is not None
+        self._plan_made, self._target = change.plan, change.plan.after
+        self._staged = ch.staged_layout(change.plan, self.layout)
+        self._find_kv_sources()
+        self._restore()
+
+    def _commit_change(self) -> None:
+        """The point of no return: the new group is the group."""
+        change = self._change
+        assert change is not None and self._target is not None and self._staged is not None
+        everybody = self._devices | self._joining
+        self._going = [name for name in self._devices if name not in self._target.devices]
+        self._devices = {name: everybody[name] for name in self._target.devices}
+        for name, device in self._devices.items():
+            device.shard, device.fresh = self._staged[name], False
+        self.speeds = self._speeds_after(change.wish)
+        self._joining, self._change, self._kv_cap = {}, None, None
+
+    def _interrupt_change(self, cause: str) -> None:
+        """A fault comes first. What was loaded is forgotten, and the change begins again when the engine serves."""
+        change = self._change
+        assert change is not None
+        self._change = None
+        self._end_change(change.episode, f"interrupted: {cause}")
+        self._cancel_loads()
+        for device in self._joining.values():
+            device.planes = frozenset()
+        self._wishes.appendleft(ch.again(change.wish))
+
+    def _give_up_change(self, reason: str, outcome: str = "") -> None:
+        change = self._change
+        assert change is not None
+        self._change = self._kv_cap = None
+        self._end_change(change.episode, outcome or f"refused: {reason}")
+        self._cancel_loads()
+        for name in self._joining:
+            self._do(Drop(device=name, reason=reason))
+        self._joining = {}
+        self._next_change()
+
+    def _lose_joining(self, name: str, reason: str) -> None:
+        change, cause = self._change, f"{name}: {reason}"
+        if change is not None:
+            self._interrupt_change(cause)
+        self._waiting.discard(name)
+        for wish in [w for w in self._wishes if name in (found.device for found in w.add)]:
+            self._wishes.remove(wish)
+            self._turn_down(wish, cause)
+        if self.phase == SERVING:
+            self._next_change()
+        elif change is not None and self.phase not in (CENSUS, REFUSING):
+            self._fault(cause, name)
+
+    def _cancel_loads(self) -> None:
+        for ticket, order in self._orders.items():
+            self._do(CancelLoad(device=order.device, ticket=ticket))
+        self._orders.clear()
 
     # ------------------------------------------------------------------------------------------ helpers
+
+    @property
+    def _recovery(self) -> Episode:
+        assert self._episode is not None
+        return self._episode
+
+    def _find(self, name: str) -> Device | None:
+        """A member, or a device that is to become one."""
+        return self._devices.get(name) or self._joining.get(name)
 
     def _do(self, command: Command) -> None:
         self._commands.append(command)
 
     def _say(self, text: str, episode: Episode | None = None) -> None:
         line = Line(at_s=self._now, epoch=self.epoch, phase=self.phase, text=text)
-        (episode or self.episodes[-1]).lines.append(line)
+        (episode or self._recovery).lines.append(line)
+
+    def _new_episode(self, cause: str, change_id: int = 0) -> Episode:
+        self.episodes.append(Episode(began_s=self._now, cause=cause, first_epoch=self.epoch, change_id=change_id))
+        return self.episodes[-1]
 
     def _begin_episode(self, cause: str) -> None:
-        self.episodes.append(Episode(began_s=self._now, cause=cause, first_epoch=self.epoch))
+        self._episode = self._new_episode(cause)
 
     def _begin_episode_if_serving(self, cause: str) -> None:
-        if self.episodes[-1].ended_s is not None and self.phase != REFUSING:
+        if self._recovery.ended_s is not None and self.phase != REFUSING:
             self._begin_episode(cause)
-            self.episodes[-1].phases.append(("detected", self._now))
+            self._recovery.phases.append(("detected", self._now))
 
     def _enter(self, phase: str, timeout_s: float | None = None) -> None:
         self.phase = phase
         if phase not in (SERVING, REFUSING):
-            self.episodes[-1].phases.append((phase, self._now))
-        self.deadline_s = None if timeout_s is None else self._now + timeout_s
+            self._recovery.phases.append((phase, self._now))
+        self._phase_deadline_s = None if timeout_s is None else self._now + timeout_s
         self._waiting = set()
 
     def _await(self, phase: str, devices: list[str], timeout_s: float, then: Callable[[], None]) -> None:
@@ -545,13 +1001,26 @@ class Coordinator:
         if not self._waiting:
             then()
 
+    def _count_load(self, episode: Episode, event: Loaded) -> None:
+        episode.loaded_bytes += event.num_bytes - event.peer_bytes
+        episode.copied_bytes += event.peer_bytes
+        self._say(f"{event.device} has its {event.num_bytes} bytes, {event.peer_bytes} of them from peers", episode)
+
+    def _forget_load(self, name: str) -> None:
+        self._loading.discard(name)
+        if not self._loading:
+            self._load_deadline_s = None
+        self._orders = {ticket: order for ticket, order in self._orders.items() if order.device != name}
+
     def _lose(self, name: str, reason: str) -> None:
         del self._devices[name]
         self._waiting.discard(name)
-        self.episodes[-1].devices_lost.append(name)
+        self._recovery.devices_lost.append(name)
         self._say(f"{name} is lost: {reason}")
         self._distrust_copies_from(name)
         self._do(Drop(device=name, reason=reason))
+        if self._change is not None:
+            self._interrupt_change(f"{name} is lost")
 
     def _distrust_copies_from(self, name: str) -> None:
         """The device may have died while it was copied from: what this episode copied of its heads is not whole."""
@@ -567,44 +1036,22 @@ class Coordinator:
         layout = self.layout
         return {
             (family, unit)
-            for family in FAMILIES
+            for family in self.units.families
             for unit in set(range(self.units.num_units[family])) - layout.held(family)
         }
 
     def _any_fresh(self) -> bool:
         return any(device.fresh for device in self._devices.values())
 
-    def _load_bytes(self, name: str, after: Shard) -> int:
-        held = self._devices[name]
-        new = sum((len(after[f]) - len(held.shard[f])) * self.units.unit_bytes[f] for f in FAMILIES)
-        return new + (self.units.replicated_bytes if held.fresh else 0)
-
-    def _fit_kv_blocks(self, layout: Layout) -> int:
-        """As many KV blocks as wanted, or as fit beside the weights on the fullest device."""
-        weights = WeightAddresses(units=self.units)
-        kv = KVAddresses(
-            config=self.units.config,
+    def _fitting_kv_blocks(self, layout: Layout) -> int:
+        return fitting_kv_blocks(
+            self.units,
+            self._devices | self._joining,
+            layout,
             block_size=self.config.kv_block_size,
-            num_blocks=self.config.kv_blocks,
+            wanted=self.config.kv_blocks if self._kv_cap is None else self._kv_cap,
+            least=self.config.min_kv_blocks,
         )
-        best = self.config.kv_blocks
-        for shard in layout.shards:
-            need = weights.committed_bytes(shard)
-            room = self._devices[shard.device].budget_bytes - need
-            if room < 0:
-                raise DoesNotFit(
-                    f"{shard.device} would hold {need} bytes of weights, its budget is "
-                    f"{self._devices[shard.device].budget_bytes} bytes. Give it more memory or use more devices."
-                )
-            fitting = kv.blocks_that_fit(len(shard[KV]), room)
-            if fitting < self.config.min_kv_blocks:
-                raise DoesNotFit(
-                    f"{shard.device} has {room} bytes left for KV cache beside {need} bytes of weights: "
-                    f"{fitting} block(s) of {self.config.kv_block_size} tokens, but at least "
-                    f"{self.config.min_kv_blocks} are needed. Give it more memory or use more devices."
-                )
-            best = min(best, fitting)
-        return best
 
     def _forget_lopsided_state(self) -> None:
         """Found state is used if it makes the layout that was asked for, or lacks something that is loaded onto
@@ -619,7 +1066,20 @@ class Coordinator:
             device.shard, device.fresh = empty_shard(name), True
 
 
-_TIMED = (LEAVING, ADOPTING, ATTACHING, COMPACTING, LOADING, RESTORING, FORMING)
+def _device(found: DeviceFound) -> Device:
+    shard = found.shard or empty_shard(found.device)
+    return Device(budget_bytes=found.budget_bytes, shard=shard, fresh=found.shard is None)
+
+
+def _name(wish: Change) -> str:
+    return wish.why if not wish.attempt else f"{wish.why} (attempt {wish.attempt + 1})"
+
+
+def _num_bytes(moves: tuple[Move, ...]) -> int:
+    return sum(move.num_bytes for move in moves)
+
+
+_TIMED = (LEAVING, ADOPTING, ATTACHING, COMPACTING, RESTORING, ARRANGING, FORMING)
 
 _KV_WORDS = {
     KVState.whole: "KV planes are whole",
@@ -629,6 +1089,8 @@ _KV_WORDS = {
 
 _HANDLERS: dict[type, Callable[[Coordinator, Any], None]] = {
     Start: Coordinator._on_start,
+    Change: Coordinator._on_change,
+    Switch: Coordinator._on_switch,
     WorkerGone: Coordinator._on_worker_gone,
     WorkerHung: Coordinator._on_worker_hung,
     AnchorGone: Coordinator._on_anchor_gone,
@@ -639,6 +1101,7 @@ _HANDLERS: dict[type, Callable[[Coordinator, Any], None]] = {
     Reserved: Coordinator._on_reserved,
     Loaded: Coordinator._on_loaded,
     LoadFailed: Coordinator._on_load_failed,
+    Arranged: Coordinator._on_arranged,
     Compacted: Coordinator._on_compacted,
     Restored: Coordinator._on_restored,
     Formed: Coordinator._on_formed,

@@ -1,7 +1,8 @@
 """What the recovery coordinator hears (events) and says (commands). Values only.
 
-Every command but `Abort`, `Drop`, `Resume` and `Refuse` is answered by an event: see each docstring. Answers
-that carry the epoch of a group that is gone are dropped, except for the facts in them (bytes that did arrive).
+Every command but `Abort`, `CancelLoad`, `Record`, `Drop`, `Resume` and `Refuse` is answered by an event: see each
+docstring. Answers that carry the epoch of a group that is gone are dropped, except for the facts in them (bytes that
+did arrive).
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from anchortp.layout import Layout, Shard
-from anchortp.plan import Plan
+from anchortp.plan import Move, Plan
 
 # ------------------------------------------------------------------------------------------------- events
 
@@ -34,6 +35,31 @@ class Start:
     devices: tuple[DeviceFound, ...]
     epoch: int
     num_kv_blocks: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """The operator (or the balancer) wants another layout, while the engine serves.
+
+    `add`: devices whose anchors answer; they hold nothing that is used. `remove`: members that shall leave.
+    `speeds`: the new relative speeds, None to keep the present ones. `plan`: the layout and moves wanted, None to
+    have them planned. `why` begins the story; `change_id` finds it. `attempt`: how often a fault has interrupted it.
+    `problem`: it cannot be, for a reason that was found on the way here.
+    """
+
+    why: str
+    change_id: int
+    add: tuple[DeviceFound, ...] = ()
+    remove: tuple[str, ...] = ()
+    speeds: tuple[tuple[str, float], ...] | None = None
+    plan: Plan | None = None
+    attempt: int = 0
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Switch:
+    """No step is in flight: a change whose bytes have all arrived may take over now (`Coordinator.wants_switch`)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,25 +123,40 @@ class Reserved:
     """Answer to `Reserve`: every destination is committed (`refused` empty), or the first refusal in words."""
 
     epoch: int
+    ticket: int
     refused: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
-    """Answer to `Load`: the units of the command are whole in the device's arena."""
+    """Answer to `Load`: the units of the command are whole in the device's arena. `peer_bytes` of `num_bytes` came
+    from other devices; `rerouted` says in words what did not come from where it was planned to come from. `links`:
+    (source, bytes, bytes per second while it was busy), as measured."""
 
     device: str
-    epoch: int
+    ticket: int
     num_bytes: int
+    peer_bytes: int = 0
+    rerouted: tuple[str, ...] = ()
+    links: tuple[tuple[str, int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadFailed:
-    """Answer to `Load`: the source could not be read."""
+    """Answer to `Load`: a source could not be read, the device `source` or (if empty) the host."""
+
+    device: str
+    ticket: int
+    reason: str
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arranged:
+    """Answer to `Arrange`: the device's slots are dense again."""
 
     device: str
     epoch: int
-    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,6 +193,8 @@ class Tick:
 
 Event = (
     Start
+    | Change
+    | Switch
     | WorkerGone
     | WorkerHung
     | AnchorGone
@@ -162,6 +205,7 @@ Event = (
     | Reserved
     | Loaded
     | LoadFailed
+    | Arranged
     | Compacted
     | Restored
     | Formed
@@ -232,13 +276,14 @@ class Attach:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reserve:
-    """Commit every destination of the plan, and `num_kv_blocks` blocks of KV, before a byte moves.
+    """Commit every slot that `staged` has beyond what is there, and `num_kv_blocks` blocks of KV, before a byte moves.
 
     `fresh`: devices whose arenas hold nothing usable and are made anew. Answered by `Reserved`.
     """
 
     epoch: int
-    plan: Plan
+    ticket: int
+    staged: Layout
     num_kv_blocks: int
     fresh: tuple[str, ...]
 
@@ -265,7 +310,8 @@ class PlaneSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restore:
-    """Fill the planes of the KV heads that are new on `device`. `layout` is the one being formed."""
+    """Fill the planes of the KV heads that are new on `device`. `layout` says in which slots heads are now, on every
+    device that is a source or the target."""
 
     device: str
     epoch: int
@@ -275,25 +321,59 @@ class Restore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
-    """Fill the slots that `after` has beyond `before`. Answered by `Loaded`, `LoadFailed` or `WorkerGone`.
+    """Fill the slots that `after` has beyond `before`, from where `moves` say. Answered by `Loaded`, `LoadFailed` or
+    `WorkerGone`; not at all once the device was told to `Leave`, or to load something else.
 
-    `fresh`: the arena holds nothing yet, so the replicated tensors are loaded too.
+    `fresh`: the arena holds nothing yet, so the replicated tensors are loaded too. `background`: the engine serves
+    meanwhile, and its steps come first.
     """
+
+    device: str
+    epoch: int
+    ticket: int
+    before: Shard
+    after: Shard
+    fresh: bool
+    moves: tuple[Move, ...]
+    background: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrange:
+    """Move units from the slots of `before` to those of `after`, which has no more units than `before`: the device
+    gives up the others. Its manifest is void until `Record`. Answered by `Arranged` or `WorkerGone`."""
 
     device: str
     epoch: int
     before: Shard
     after: Shard
-    fresh: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Form:
-    """Write the manifests and build the group of the epoch. Each member answers `Formed`."""
+    """Give back memory that `layout` does not use and build the group of the epoch. Each member answers `Formed`."""
 
     epoch: int
     layout: Layout
     num_kv_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """All of `layout` is in the arenas: say so in their manifests. Not urgent: what an older manifest says is true as
+    well, since slots in use never move (`Arrange` voids the manifests of those that do)."""
+
+    epoch: int
+    layout: Layout
+    num_kv_blocks: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CancelLoad:
+    """Stop loading: the change that wanted it is off. Not answered."""
+
+    device: str
+    ticket: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,4 +401,22 @@ class Refuse:
     reason: str
 
 
-Command = Abort | Fence | Leave | TakeCensus | Adopt | Attach | Reserve | Load | Form | Drop | Resume | Refuse
+Command = (
+    Abort
+    | Fence
+    | Leave
+    | TakeCensus
+    | Adopt
+    | Attach
+    | Compact
+    | Reserve
+    | Load
+    | CancelLoad
+    | Restore
+    | Arrange
+    | Form
+    | Record
+    | Drop
+    | Resume
+    | Refuse
+)

@@ -20,9 +20,11 @@ class Line:
 class Episode:
     """From a fault (or the start) until the engine serves again or refuses; further faults extend it.
 
-    Bytes: `lost` the last copies that vanished, `replica` further KV copies that the new cut needs, `loaded`
-    what of the weights really came from the host, `copied` between devices. `kv_copied`, `kv_restored`: KV planes
-    that came from another device, and from the host's mirror. `kv`: what was left of the cache (`KVState`).
+    Bytes: `lost` the last copies that vanished, `replica` further copies that the new cut needs, `loaded` what of
+    the weights really came from the host, `copied` between devices. `kv_copied`, `kv_restored`: KV planes that came
+    from another device, and from the host's mirror. `kv`: what was left of the cache (`KVState`). `whole_s`: when the
+    last byte of weights was there, which may be after the engine served again. `change_id`: of a planned change, 0
+    for faults and the start.
     """
 
     began_s: float
@@ -41,13 +43,15 @@ class Episode:
     phases: list[tuple[str, float]] = field(default_factory=list)
     lines: list[Line] = field(default_factory=list)
     ended_s: float | None = None
+    whole_s: float | None = None
     outcome: str = ""
+    change_id: int = 0
 
     def phase_seconds(self) -> dict[str, float]:
         """Seconds spent in each phase, in the order of first entry."""
         seconds: dict[str, float] = {}
-        ends = [start for _, start in self.phases[1:]] + [self.ended_s]
-        for (phase, start), end in zip(self.phases, ends, strict=True):
+        ends = [*(start for _, start in self.phases[1:]), self.ended_s]
+        for (phase, start), end in zip(self.phases, ends, strict=False):  # a change that is refused has no phase
             if end is not None:
                 seconds[phase] = seconds.get(phase, 0.0) + end - start
         return seconds
@@ -59,6 +63,8 @@ class Episode:
             "epoch": self.first_epoch,
             "began_s": self.began_s,
             "seconds": None if self.ended_s is None else self.ended_s - self.began_s,
+            "whole_after_s": None if self.whole_s is None else self.whole_s - self.began_s,
+            "change_id": self.change_id,
             "outcome": self.outcome,
             "devices_lost": self.devices_lost,
             "workers_replaced": self.workers_replaced,

@@ -19,13 +19,13 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from anchortp.engine.api import Engine
-from anchortp.errors import AnchorTPError
+from anchortp.errors import AnchorTPError, ConfigError
 from anchortp.server.api_errors import ApiError, from_engine, invalid
 from anchortp.server.choice import Delta
 from anchortp.server.formats import DONE, ChatFormat, CompletionFormat, Envelope, Format, event, to_json
 from anchortp.server.generation import Generation, GenerationRequest, InFlight
 from anchortp.server.metrics import ServerMetrics
-from anchortp.server.schema import ChatBody, CompletionBody, GenerateBody, Prompt, parse
+from anchortp.server.schema import ChatBody, CompletionBody, DevicesBody, GenerateBody, Prompt, parse
 from anchortp.server.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -142,6 +142,22 @@ def _guarded_routes(service: _Service) -> APIRouter:
     async def faults() -> Response:
         """Recent faults with their timeline and reasons, as the engine's status has them."""
         return _json({"object": "list", "data": service.engine.status().get("faults", [])})
+
+    @router.get("/devices")
+    async def devices() -> Response:
+        """What each device of the group holds, and the changes of the group so far."""
+        status = service.engine.status()
+        return _json({"object": "list", "data": status.get("devices", {}), "changes": status.get("changes", [])})
+
+    @router.post("/devices")
+    async def change_devices(request: Request) -> Response:
+        """Begins a change of the group; `GET /devices` tells how it goes."""
+        body = parse(DevicesBody, await _read_body(request, service.max_body_bytes))
+        try:
+            change_id = service.engine.change_devices(body.change())
+        except ConfigError as error:
+            raise ApiError(400, str(error)) from None
+        return _json({"object": "device_change", "change_id": change_id}, status=202)
 
     @router.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -296,7 +312,12 @@ async def _answer(
         created_s=int(time.time()),
         include_usage=body.include_usage,
     )
-    told = endpoint.format_type(tokenizer=service.tokenizer, envelope=envelope, num_logprobs=body.num_logprobs)
+    told = endpoint.format_type(
+        tokenizer=service.tokenizer,
+        envelope=envelope,
+        num_logprobs=body.num_logprobs,
+        token_ids=bool(body.return_token_ids),
+    )
     return await _run(request, generation, told, num_choices=len(prompts), stream=bool(body.stream))
 
 

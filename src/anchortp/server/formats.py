@@ -94,22 +94,23 @@ class Envelope:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatFormat:
-    """/v1/chat/completions. `num_logprobs`: as in `SamplingParams.logprobs`."""
+    """/v1/chat/completions. `num_logprobs`: as in `SamplingParams.logprobs`; `token_ids`: choices tell them too."""
 
     tokenizer: Tokenizer
     envelope: Envelope
     num_logprobs: int | None
+    token_ids: bool = False
 
     def opening(self, num_choices: int) -> list[Json]:
         said = {"role": "assistant", "content": "", "refusal": None}
-        return [self._chunk(index, said, None, None) for index in range(num_choices)]
+        return [self._chunk(index, said) for index in range(num_choices)]
 
     def chunks(self, delta: Delta) -> list[Json]:
         chunks = []
         if delta.text or delta.tokens:
-            chunks.append(self._chunk(delta.index, {"content": delta.text}, self._logprobs(delta.tokens), None))
+            chunks.append(self._chunk(delta.index, {"content": delta.text}, delta.tokens))
         if delta.finish_reason:
-            chunks.append(self._chunk(delta.index, {}, None, delta.finish_reason))
+            chunks.append(self._chunk(delta.index, {}, finish_reason=delta.finish_reason))
         return chunks
 
     def closing(self, usage: Usage) -> list[Json]:
@@ -124,13 +125,17 @@ class ChatFormat:
                     "message": {"role": "assistant", "content": text, "refusal": None},
                     "logprobs": self._logprobs(tokens),
                     "finish_reason": finish_reason,
+                    **_ids(tokens if self.token_ids else None),
                 }
             )
         return self.envelope.whole("chat.completion", choices, usage)
 
-    def _chunk(self, index: int, delta: Json, logprobs: Json | None, finish_reason: str | None) -> Json:
+    def _chunk(
+        self, index: int, delta: Json, tokens: Sequence[PlacedToken] | None = None, finish_reason: str | None = None
+    ) -> Json:
+        logprobs = None if tokens is None else self._logprobs(tokens)
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return self.envelope.chunk("chat.completion.chunk", [choice])
+        return self.envelope.chunk("chat.completion.chunk", [choice | _ids(tokens if self.token_ids else None)])
 
     def _logprobs(self, tokens: Sequence[PlacedToken]) -> Json | None:
         if self.num_logprobs is None:
@@ -148,11 +153,12 @@ class ChatFormat:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompletionFormat:
-    """/v1/completions. `num_logprobs`: as in `SamplingParams.logprobs`."""
+    """/v1/completions. `num_logprobs`: as in `SamplingParams.logprobs`; `token_ids`: choices tell them too."""
 
     tokenizer: Tokenizer
     envelope: Envelope
     num_logprobs: int | None
+    token_ids: bool = False
 
     def opening(self, num_choices: int) -> list[Json]:
         return []
@@ -160,7 +166,7 @@ class CompletionFormat:
     def chunks(self, delta: Delta) -> list[Json]:
         chunks = []
         if delta.text or delta.tokens:
-            chunks.append(self._choice(delta.index, delta.text, self._logprobs(delta.tokens), None))
+            chunks.append(self._choice(delta.index, delta.text, delta.tokens, None))
         if delta.finish_reason:
             chunks.append(self._choice(delta.index, "", None, delta.finish_reason))
         return [self.envelope.chunk("text_completion", [choice]) for choice in chunks]
@@ -170,13 +176,14 @@ class CompletionFormat:
 
     def whole(self, deltas: Iterable[Delta], usage: Usage) -> Json:
         choices = [
-            self._choice(index, text, self._logprobs(tokens), finish_reason)
-            for index, text, tokens, finish_reason in _gather(deltas)
+            self._choice(index, text, tokens, finish_reason) for index, text, tokens, finish_reason in _gather(deltas)
         ]
         return self.envelope.whole("text_completion", choices, usage)
 
-    def _choice(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> Json:
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+    def _choice(self, index: int, text: str, tokens: Sequence[PlacedToken] | None, finish_reason: str | None) -> Json:
+        logprobs = None if tokens is None else self._logprobs(tokens)
+        choice = {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+        return choice | _ids(tokens if self.token_ids else None)
 
     def _logprobs(self, tokens: Sequence[PlacedToken]) -> Json | None:
         if self.num_logprobs is None:
@@ -198,6 +205,10 @@ class CompletionFormat:
 
     def _label(self, token_id: int) -> str:
         return token_label(spelled_bytes(self.tokenizer, token_id))
+
+
+def _ids(tokens: Sequence[PlacedToken] | None) -> Json:
+    return {} if tokens is None else {"token_ids": [placed.token.token_id for placed in tokens]}
 
 
 def spelled_bytes(tokenizer: Tokenizer, token_id: int) -> bytes:

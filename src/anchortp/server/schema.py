@@ -12,7 +12,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticCustomError
 
-from anchortp.engine.api import SamplingParams
+from anchortp.engine.api import DeviceChange, SamplingParams
 from anchortp.server.api_errors import from_validation
 
 MAX_PROMPTS = 128
@@ -142,6 +142,7 @@ class GenerateBody(_Body):
     min_p: Annotated[float | None, Field(ge=0, le=1)] = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId] | None, Field(max_length=MAX_STOP_TOKEN_IDS)] = None
+    return_token_ids: bool | None = None
 
     # Part of OpenAI's API, served at these values only.
     n: Annotated[int | None, _only(1)] = None
@@ -204,6 +205,23 @@ class CompletionBody(GenerateBody):
     @property
     def num_logprobs(self) -> int | None:
         return self.logprobs
+
+
+class DevicesBody(_Body):
+    """Devices that shall join or leave, and relative speeds of those that stay."""
+
+    add: list[str] = []
+    remove: list[str] = []
+    speeds: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    memory_bytes: Annotated[int | None, Field(gt=0)] = None
+
+    def change(self) -> DeviceChange:
+        return DeviceChange(
+            add=tuple(self.add),
+            remove=tuple(self.remove),
+            speeds=None if self.speeds is None else tuple(self.speeds.items()),
+            memory_bytes=self.memory_bytes,
+        )
 
 
 class ChatBody(GenerateBody):

@@ -23,6 +23,9 @@ from typing import NoReturn
 
 import msgspec
 
+from anchortp.arena import ChunkPool, MemfdArena, VmmArena, driver_of
+from anchortp.arena.vmm import raise_descriptor_limit
+from anchortp.devices import parse_device
 from anchortp.errors import (
     AnchorRunning,
     AnchorTPError,
@@ -39,8 +42,10 @@ from anchortp.state.manifest import Manifest
 from anchortp.state.memory import DeviceMemory
 from anchortp.state.messages import (
     AdoptArena,
+    AdoptChunks,
     AnchorStatus,
     ArenaReply,
+    ChunksReply,
     Commit,
     Committed,
     CreateArena,
@@ -49,6 +54,7 @@ from anchortp.state.messages import (
     Failure,
     FaultKind,
     Fence,
+    GetChunks,
     GetManifest,
     GetStatus,
     GrowArena,
@@ -69,7 +75,7 @@ from anchortp.state.messages import (
     Welcome,
     failure_of,
 )
-from anchortp.state.wire import AddressHeld, Channel, Listener, PeerRefused, Received, listen
+from anchortp.state.wire import MAX_FDS, AddressHeld, Channel, Listener, PeerRefused, Received, listen
 
 EXIT_LOST = 86  # the exit status of an anchor whose device was lost by injection
 MAX_CLIENTS = 256
@@ -99,7 +105,7 @@ class Anchor:
         """Takes over `listener`, which `close` closes."""
         self.device = device
         self.anchor_id = uuid.uuid4().hex
-        self._memory = DeviceMemory(device=device, budget_bytes=budget_bytes)
+        self._memory = _memory_of(device, budget_bytes)
         self._listener = listener
         self._selector = selectors.DefaultSelector()
         self._clients: set[_Client] = set()
@@ -211,8 +217,7 @@ class Anchor:
         fds: tuple[int, ...] = ()
         try:
             reply = self._handle(client, received)
-            if isinstance(received.message, CreateArena | OpenArena):
-                fds = (self._memory.arena(received.message.name).fd,)
+            fds = self._descriptors(received.message, reply)
         except ProtocolError as error:
             client.channel.post(failure_of(error))
             raise
@@ -224,7 +229,31 @@ class Anchor:
             reply = failure_of(AnchorTPError(f"the anchor of {self.device} has a bug; its log says where. Report it."))
         finally:
             received.close_fds()
-        client.channel.post(reply, fds)
+        try:
+            client.channel.post(reply, fds)
+        finally:
+            if isinstance(reply, ChunksReply):  # made for this message; an arena's own stays
+                for fd in fds:
+                    os.close(fd)
+
+    def _descriptors(self, request: Request, reply: Reply) -> tuple[int, ...]:
+        if isinstance(reply, ChunksReply):
+            return self._export(self._memory.chunks(request.name), reply)
+        if isinstance(request, CreateArena | OpenArena):
+            arena = self._memory.arena(request.name)
+            return (arena.fd,) if isinstance(arena, MemfdArena) else ()
+        return ()
+
+    def _export(self, arena: VmmArena, reply: ChunksReply) -> tuple[int, ...]:
+        fds: list[int] = []
+        try:
+            for offset, _ in reply.chunks:
+                fds.append(arena.export(offset))
+        except BaseException:
+            for fd in fds:
+                os.close(fd)
+            raise
+        return tuple(fds)
 
     # -- requests
 
@@ -254,6 +283,8 @@ class Anchor:
             case Shutdown():
                 self.stop()
                 return Ok()
+            case AdoptChunks():
+                self._check_worker(client)
         return self._handle_memory(request, received.fds)
 
     def _handle_memory(self, request: Message, fds: tuple[int, ...]) -> Reply:
@@ -271,11 +302,20 @@ class Anchor:
                 memory.decommit(name, ranges)
             case DropArena(name=name):
                 memory.drop(name)
+            case AdoptChunks(name=name, reserved_bytes=reserved_bytes, chunks=chunks):
+                memory.adopt_chunks(name, reserved_bytes, chunks, fds)
+            case GetChunks(name=name, after=after):
+                return self._newer_chunks(name, after)
             case OpenArena(name=name):
                 pass
         if isinstance(request, Commit | Decommit | DropArena):
             return Committed(committed_bytes=memory.committed_bytes)
         return ArenaReply(arena=memory.info(name))
+
+    def _newer_chunks(self, name: str, after: int) -> ChunksReply:
+        chunks = self._memory.chunks(name).newer(after, MAX_FDS + 1)
+        ranges = self._memory.info(name).ranges
+        return ChunksReply(chunks=tuple(chunks[:MAX_FDS]), ranges=ranges, more=len(chunks) > MAX_FDS)
 
     def _hello(self, client: _Client, role: Role) -> Welcome:
         if client.role is not None:
@@ -343,6 +383,11 @@ class Anchor:
         # The connection says the same in most cases, but a child that was forked may hold it open.
         self._selector.register(pidfd, selectors.EVENT_READ, partial(self._holder_died, lease))
 
+    def _check_worker(self, client: _Client) -> None:
+        lease = self._lease
+        if lease is None or lease.client is not client or lease.epoch != self._epoch:
+            raise StateError(f"process {client.pid} is not the worker of {self.device}; take the lease first")
+
     def _holder_died(self, lease: _Lease, _: int) -> None:
         if self._lease is lease:
             self._drop(lease.client, "the process is dead")
@@ -384,6 +429,15 @@ class Anchor:
             os._exit(EXIT_LOST)
 
 
+def _memory_of(device: str, budget_bytes: int) -> DeviceMemory:
+    """Raises ConfigError where the hardware or its driver is missing."""
+    parsed, pool = parse_device(device), None
+    if parsed.is_chunked:
+        raise_descriptor_limit()
+        pool = ChunkPool(driver_of(parsed)())
+    return DeviceMemory(device=device, budget_bytes=budget_bytes, pool=pool)
+
+
 def _only(fds: tuple[int, ...]) -> int:
     if len(fds) != 1:
         raise ProtocolError(f"AdoptArena came with {len(fds)} descriptors; send the arena's one")
@@ -409,7 +463,11 @@ def run_anchor(*, device: str, budget_bytes: int, runtime_dir: str, ready_fd: in
     if budget_bytes <= 0:
         raise ConfigError(f"a budget of {budget_bytes} bytes holds nothing; give {device} a positive one")
     listener = _listen(device, runtime_dir)
-    anchor = Anchor(device=device, budget_bytes=budget_bytes, listener=listener)
+    try:
+        anchor = Anchor(device=device, budget_bytes=budget_bytes, listener=listener)
+    except BaseException:
+        listener.close()
+        raise
     wakeup, wakeup_end = socket.socketpair()
     try:
         _wake_on_sigterm(anchor, wakeup, wakeup_end)

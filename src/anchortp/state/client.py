@@ -5,19 +5,22 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
-from anchortp.arena import MemfdArena
+from anchortp.arena import MemfdArena, VmmDriver, VmmMapping, driver_of
 from anchortp.arena.intervals import Range
+from anchortp.devices import parse_device
 from anchortp.errors import ChannelClosed, ChannelTimeout, ProtocolError, StateError
 from anchortp.state.launch import anchor_socket
 from anchortp.state.manifest import Manifest
 from anchortp.state.messages import (
     AdoptArena,
+    AdoptChunks,
     AnchorStatus,
     ArenaInfo,
     ArenaReply,
+    ChunksReply,
     Commit,
     Committed,
     CreateArena,
@@ -26,6 +29,7 @@ from anchortp.state.messages import (
     Failure,
     FaultKind,
     Fence,
+    GetChunks,
     GetManifest,
     GetStatus,
     GrowArena,
@@ -43,7 +47,9 @@ from anchortp.state.messages import (
     Welcome,
     error_of,
 )
-from anchortp.state.wire import Channel, Received, connect
+from anchortp.state.wire import MAX_FDS, Channel, Received, connect
+
+Arena = MemfdArena | VmmMapping
 
 _Expected = TypeVar("_Expected", bound=Message)
 
@@ -58,23 +64,34 @@ class AnchorClient:
     Attributes: `welcome`, the anchor's answer to Hello.
     """
 
-    def __init__(self, channel: Channel, *, role: Role, timeout_s: float):
+    def __init__(
+        self, channel: Channel, *, role: Role, timeout_s: float, open_driver: Callable[[], VmmDriver] | None = None
+    ):
         """Takes over the channel and says Hello on it."""
         self._channel = channel
         self._timeout_s = timeout_s
+        self._open_driver = open_driver
         self.welcome = self._ask(Hello(role=role), Welcome)
 
     @classmethod
     def connect(
-        cls, runtime_dir: str | os.PathLike[str], device: str, role: Role, timeout_s: float = 10.0
+        cls,
+        runtime_dir: str | os.PathLike[str],
+        device: str,
+        role: Role,
+        timeout_s: float = 10.0,
+        *,
+        open_driver: Callable[[], VmmDriver] | None = None,
     ) -> AnchorClient:
         """Connects to the device's anchor. `timeout_s` holds for this and for each later request.
 
+        `open_driver`: how arenas made of chunks get into this process; by default as if on `device` itself, else
+        with the driver of the device that is to read them.
         Raises ChannelClosed if there is none, PeerRefused if it is another user's.
         """
         channel = Channel(connect(anchor_socket(runtime_dir, device), timeout_s), Reply)
         try:
-            client = cls(channel, role=role, timeout_s=timeout_s)
+            client = cls(channel, role=role, timeout_s=timeout_s, open_driver=open_driver)
             if client.welcome.device != device:
                 raise StateError(
                     f"the anchor of {client.welcome.device} answers for {device}; use another runtime directory"
@@ -94,21 +111,51 @@ class AnchorClient:
 
     # -- arenas: those returned belong to the caller, who closes them
 
-    def create_arena(self, name: str, reserved_bytes: int, epoch: int) -> MemfdArena:
+    def create_arena(self, name: str, reserved_bytes: int, epoch: int) -> Arena:
         return self._ask_arena(CreateArena(name=name, reserved_bytes=reserved_bytes, epoch=epoch))
 
-    def open_arena(self, name: str, epoch: int) -> MemfdArena:
+    def open_arena(self, name: str, epoch: int) -> Arena:
+        """Where memory comes in chunks nothing is mapped yet: `refresh` does it."""
         return self._ask_arena(OpenArena(name=name, epoch=epoch))
+
+    def refresh(self, arena: Arena, epoch: int) -> None:
+        """Maps what was committed, and lets go of what was given back, since the last time.
+
+        A memfd shows both by itself: then nothing is asked.
+        """
+        more = isinstance(arena, VmmMapping)
+        while more:
+            request = GetChunks(name=arena.name, after=arena.newest, epoch=epoch)
+            received = self._exchange(request, ChunksReply, (), self._timeout_s)
+            arena.keep(received.message.ranges)
+            arena.attach(received.message.chunks, received.fds)
+            more = received.message.more
 
     def grow_arena(self, name: str, reserved_bytes: int, epoch: int) -> ArenaInfo:
         """Arenas opened before know their old size; open again to map the rest."""
         return self._ask(GrowArena(name=name, reserved_bytes=reserved_bytes, epoch=epoch), ArenaReply).arena
 
-    def adopt_arena(self, arena: MemfdArena, ranges: Iterable[Range], epoch: int) -> ArenaInfo:
+    def adopt_arena(self, arena: Arena, ranges: Iterable[Range], epoch: int) -> ArenaInfo:
         """Hands the arena to a new anchor; the caller keeps his own. Fence with the newest epoch first: a new
-        anchor starts at epoch 0."""
+        anchor starts at epoch 0. Where memory comes in chunks, take the lease first."""
+        if isinstance(arena, VmmMapping):
+            return self._adopt_chunks(arena, tuple(ranges), epoch)
         request = AdoptArena(name=arena.name, reserved_bytes=arena.reserved_bytes, ranges=tuple(ranges), epoch=epoch)
         return self._ask(request, ArenaReply, fds=(arena.fd,)).arena
+
+    def _adopt_chunks(self, arena: VmmMapping, ranges: tuple[Range, ...], epoch: int) -> ArenaInfo:
+        held = arena.chunks_in(ranges)
+        for batch in [held[at : at + MAX_FDS] for at in range(0, len(held), MAX_FDS)] or [[]]:
+            request = AdoptChunks(
+                name=arena.name,
+                reserved_bytes=arena.reserved_bytes,
+                chunks=tuple(chunk for chunk, _ in batch),
+                epoch=epoch,
+            )
+            self._ask(request, ArenaReply, fds=tuple(fd for _, fd in batch))
+        # What was committed and never attached anywhere went with the old anchor, but nobody had written to it.
+        self.commit(arena.name, ranges, epoch)
+        return next(info for info in self.status().arenas if info.name == arena.name)
 
     def drop_arena(self, name: str, epoch: int) -> int:
         """Returns the device's committed bytes after."""
@@ -172,8 +219,14 @@ class AnchorClient:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask_arena(self, request: CreateArena | OpenArena) -> MemfdArena:
+    def _ask_arena(self, request: CreateArena | OpenArena) -> Arena:
         received = self._exchange(request, ArenaReply, (), self._timeout_s)
+        device = parse_device(self.welcome.device)
+        if device.is_chunked:
+            received.close_fds()
+            reserved_bytes = received.message.arena.reserved_bytes
+            open_driver = self._open_driver or driver_of(device)
+            return VmmMapping(name=request.name, reserved_bytes=reserved_bytes, open_driver=open_driver)
         try:
             (fd,) = received.fds
             return MemfdArena.from_fd(request.name, fd)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import re
 import select
 import signal
 import sys
@@ -14,13 +13,13 @@ from pathlib import Path
 import msgspec
 
 import anchortp
-from anchortp.errors import AnchorTPError, ChannelTimeout, ConfigError, StateError
+from anchortp.devices import parse_device
+from anchortp.errors import AnchorTPError, ChannelTimeout, StateError
 from anchortp.state import process
 from anchortp.state.messages import Failure, Ready, error_of
 from anchortp.state.wire import private_directory
 
 _READY_FD = 3  # in the anchor
-_DEVICE = re.compile(r"[a-z][a-z0-9]*(:[0-9]+)?")
 
 
 def anchor_socket(runtime_dir: str | os.PathLike[str], device: str) -> Path:
@@ -61,9 +60,7 @@ def start_anchor(
 
 
 def _anchor_path(runtime_dir: str | os.PathLike[str], device: str, suffix: str) -> Path:
-    if not _DEVICE.fullmatch(device):
-        raise ConfigError(f"{device!r} is no device; give a name like cpu:0, cuda:1 or host")
-    return Path(os.path.abspath(runtime_dir)) / f"anchor-{device.replace(':', '-')}.{suffix}"
+    return Path(os.path.abspath(runtime_dir)) / f"anchor-{parse_device(device).file_name}.{suffix}"
 
 
 def _spawn(device: str, budget_bytes: int, log_path: Path, ready_fd: int) -> int:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import Any
 
-from anchortp.arena import IntervalSet, MemfdArena, round_down, round_up
-from anchortp.errors import ArenaUnknown, BudgetExceeded, StateError
+from anchortp.arena import ChunkPool, IntervalSet, MemfdArena, OutOfPhysicalMemory, VmmArena, round_down, round_up
+from anchortp.errors import ArenaUnknown, BudgetExceeded, DeviceFull, ProtocolError, StateError
 from anchortp.state.messages import ArenaInfo, Ranges
+
+Arena = MemfdArena | VmmArena
 
 MAX_NAME_BYTES = 200  # memfd_create takes 249, prefix included
 MAX_RESERVED_BYTES = 1 << 46
@@ -15,19 +18,21 @@ MAX_RESERVED_BYTES = 1 << 46
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Held:
-    arena: MemfdArena
+    arena: Arena
     pages: IntervalSet = field(default_factory=IntervalSet)  # accounted: whole pages, half-open byte ranges
 
 
 class DeviceMemory:
     """Arenas by name, and how much of the budget their committed pages take. Not for several threads.
 
-    Every method that can fail changes nothing when it does.
+    With a `pool` the arenas are made of its chunks, and `close` closes it; without one they are memfds. Every
+    method that can fail changes nothing when it does.
     """
 
-    def __init__(self, *, device: str, budget_bytes: int):
+    def __init__(self, *, device: str, budget_bytes: int, pool: ChunkPool | None = None):
         self.device = device
         self.budget_bytes = budget_bytes
+        self._pool = pool
         self._held: dict[str, _Held] = {}
 
     @property
@@ -35,8 +40,15 @@ class DeviceMemory:
         """Accounted, over all arenas; never more than the budget."""
         return sum(held.pages.total for held in self._held.values())
 
-    def arena(self, name: str) -> MemfdArena:
+    def arena(self, name: str) -> Arena:
         return self._get(name).arena
+
+    def chunks(self, name: str) -> VmmArena:
+        """The arena, which must be made of chunks."""
+        arena = self._get(name).arena
+        if not isinstance(arena, VmmArena):
+            raise ProtocolError(f"arena {name!r} of {self.device} is one descriptor and has no chunks; open it")
+        return arena
 
     def info(self, name: str) -> ArenaInfo:
         held = self._get(name)
@@ -55,13 +67,13 @@ class DeviceMemory:
         """Raises StateError if the name is taken or the size cannot be."""
         self._check_new(name)
         _check_size(name, reserved_bytes)
-        self._held[name] = _Held(arena=MemfdArena.create(name, reserved_bytes))
+        self._held[name] = _Held(arena=self._make(name, reserved_bytes))
 
     def grow(self, name: str, reserved_bytes: int) -> None:
         """Raises StateError if that would shrink it."""
         arena = self._get(name).arena
         _check_size(name, reserved_bytes)
-        if round_up(reserved_bytes) < arena.reserved_bytes:
+        if round_up(reserved_bytes, arena.page_bytes) < arena.reserved_bytes:
             raise StateError(
                 f"arena {name!r} has {arena.reserved_bytes} bytes and cannot shrink to {reserved_bytes}: "
                 f"decommit what is not needed, reserved memory costs nothing"
@@ -73,6 +85,8 @@ class DeviceMemory:
 
         The same memory under the same name may come again, from each process that holds it.
         """
+        if self._pool is not None:
+            raise ProtocolError(f"the arenas of {self.device} are chunks; hand over those, not one descriptor")
         if name in self._held and _same_file(self._held[name].arena.fd, fd):
             self.commit(name, ranges)
             return
@@ -91,18 +105,42 @@ class DeviceMemory:
             raise
         self._held[name] = held
 
+    def adopt_chunks(self, name: str, reserved_bytes: int, chunks: Ranges, fds: tuple[int, ...]) -> None:
+        """Takes over chunks: (offset, serial), and the descriptor of each, of which a duplicate is kept.
+
+        The arena is made if there is none. A place that has a chunk keeps it, so all of this may come again. When a
+        chunk is refused, those before it are adopted.
+        """
+        if self._pool is None or len(chunks) != len(fds):
+            raise ProtocolError(
+                f"{len(chunks)} chunks and {len(fds)} descriptors are nothing that {self.device} adopts"
+            )
+        if name not in self._held:
+            self.create(name, reserved_bytes)
+        held, arena = self._held[name], self.chunks(name)
+        ranges = tuple((offset, offset + arena.page_bytes) for offset, _ in chunks)
+        _check_ranges(arena, ranges)
+        self._afforded(held, ranges)
+        for (offset, serial), fd in zip(chunks, fds, strict=True):
+            arena.adopt(offset, serial, fd)
+            held.pages.add(offset, offset + arena.page_bytes)
+
     def commit(self, name: str, ranges: Ranges) -> None:
-        """Accounts the pages that `ranges` touch. Raises BudgetExceeded, with the numbers."""
+        """Accounts the pages that `ranges` touch, and sees to it that they can be used.
+
+        Raises BudgetExceeded, with the numbers; DeviceFull where the hardware has less than the budget.
+        """
         self._account(self._get(name), ranges)
 
     def decommit(self, name: str, ranges: Ranges) -> None:
         """Gives back the pages that lie wholly inside `ranges`."""
         held = self._get(name)
         _check_ranges(held.arena, ranges)
+        page_bytes = held.arena.page_bytes
         for start, stop in ranges:
             held.arena.decommit(start, stop)
-            if round_up(start) < round_down(stop):
-                held.pages.remove(round_up(start), round_down(stop))
+            if round_up(start, page_bytes) < round_down(stop, page_bytes):
+                held.pages.remove(round_up(start, page_bytes), round_down(stop, page_bytes))
 
     def drop(self, name: str) -> None:
         """Ends the arena and gives back its memory, whoever still maps it."""
@@ -120,13 +158,17 @@ class DeviceMemory:
         for held in self._held.values():
             held.arena.close()
         self._held.clear()
+        if self._pool is not None:
+            self._pool.close()
 
     def validate(self) -> None:
         """Asserts the invariants; for tests."""
         assert self.committed_bytes <= self.budget_bytes
         for held in self._held.values():
             held.pages.validate()
-            assert all(start == round_down(start) and stop == round_up(stop) for start, stop in held.pages)
+            page_bytes = held.arena.page_bytes
+            assert all(edge % page_bytes == 0 for page_range in held.pages for edge in page_range)
+            assert not isinstance(held.arena, VmmArena) or held.arena.committed_ranges() == list(held.pages)
             assert all(stop <= held.arena.reserved_bytes for _, stop in held.pages)
 
     def _get(self, name: str) -> _Held:
@@ -142,19 +184,38 @@ class DeviceMemory:
         if name in self._held:
             raise StateError(f"{self.device} has an arena {name!r} already; open it, or drop it first")
 
+    def _make(self, name: str, reserved_bytes: int) -> Arena:
+        if self._pool is None:
+            return MemfdArena.create(name, reserved_bytes)
+        return VmmArena(name=name, reserved_bytes=reserved_bytes, pool=self._pool)
+
     def _account(self, held: _Held, ranges: Ranges) -> None:
         _check_ranges(held.arena, ranges)
-        pages = held.pages.copy()
-        requested_bytes = sum(pages.add(round_down(start), round_up(stop)) for start, stop in ranges if start < stop)
-        committed_bytes = self.committed_bytes
-        if committed_bytes + requested_bytes > self.budget_bytes:
-            raise BudgetExceeded(
-                device=self.device,
-                requested_bytes=requested_bytes,
-                committed_bytes=committed_bytes,
-                budget_bytes=self.budget_bytes,
-            )
+        pages = self._afforded(held, ranges)
+        try:
+            held.arena.commit(ranges)
+        except OutOfPhysicalMemory:
+            raise DeviceFull(**self._numbers(pages.total - held.pages.total)) from None
         held.pages = pages
+
+    def _afforded(self, held: _Held, ranges: Ranges) -> IntervalSet:
+        """The arena's pages with those that `ranges` touch. Raises BudgetExceeded."""
+        pages, page_bytes = held.pages.copy(), held.arena.page_bytes
+        for start, stop in ranges:
+            if start < stop:
+                pages.add(round_down(start, page_bytes), round_up(stop, page_bytes))
+        requested_bytes = pages.total - held.pages.total
+        if self.committed_bytes + requested_bytes > self.budget_bytes:
+            raise BudgetExceeded(**self._numbers(requested_bytes))
+        return pages
+
+    def _numbers(self, requested_bytes: int) -> dict[str, Any]:
+        return {
+            "device": self.device,
+            "requested_bytes": requested_bytes,
+            "committed_bytes": self.committed_bytes,
+            "budget_bytes": self.budget_bytes,
+        }
 
 
 def _check_size(name: str, reserved_bytes: int) -> None:
@@ -162,7 +223,7 @@ def _check_size(name: str, reserved_bytes: int) -> None:
         raise StateError(f"arena {name!r} cannot reserve {reserved_bytes} bytes; give 1 to {MAX_RESERVED_BYTES}")
 
 
-def _check_ranges(arena: MemfdArena, ranges: Ranges) -> None:
+def _check_ranges(arena: Arena, ranges: Ranges) -> None:
     for start, stop in ranges:
         if not 0 <= start <= stop <= arena.reserved_bytes:
             raise StateError(

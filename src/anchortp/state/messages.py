@@ -17,6 +17,7 @@ from anchortp.errors import (
     ArenaUnknown,
     BudgetExceeded,
     ConfigError,
+    DeviceFull,
     LeaseHeld,
     ManifestInvalid,
     ProtocolError,
@@ -58,7 +59,10 @@ class Lease(Message):
 
 
 class CreateArena(Message):
-    """A new arena, nothing committed. -> ArenaReply and a descriptor. StateError if the name is taken."""
+    """A new arena, nothing committed. -> ArenaReply and a descriptor (none where memory comes in chunks).
+
+    StateError if the name is taken.
+    """
 
     name: str
     reserved_bytes: int
@@ -66,7 +70,7 @@ class CreateArena(Message):
 
 
 class OpenArena(Message):
-    """-> ArenaReply and a descriptor. ArenaUnknown if there is none."""
+    """-> ArenaReply and a descriptor, as CreateArena. ArenaUnknown if there is none."""
 
     name: str
     epoch: int
@@ -81,7 +85,10 @@ class GrowArena(Message):
 
 
 class DropArena(Message):
-    """Ends an arena; its memory is given back at once, also under those who still map it. -> Committed"""
+    """Ends an arena; its memory is given back at once, also under those who still map it. -> Committed
+
+    Chunks that are still mapped elsewhere keep their bytes until the device's next commit uses them again.
+    """
 
     name: str
     epoch: int
@@ -96,6 +103,31 @@ class AdoptArena(Message):
     name: str
     reserved_bytes: int
     ranges: Ranges
+    epoch: int
+
+
+class GetChunks(Message):
+    """The chunks of an arena with serials above `after`, as many as one message holds. -> ChunksReply, descriptors
+
+    For arenas of devices whose memory comes in chunks (`arena.vmm`); ask again while there are `more`.
+    """
+
+    name: str
+    after: int
+    epoch: int
+
+
+class AdoptChunks(Message):
+    """With a descriptor for each: chunks that outlived their anchor, to be owned by this one. -> ArenaReply
+
+    `chunks`: (offset, serial), serials rising, also from one message to the next. They count against the budget.
+    Chunks cannot be told apart by their descriptors, so this is for the device's worker alone: StateError unless
+    the process has the lease. To have the rest of what was committed back, empty, Commit follows.
+    """
+
+    name: str
+    reserved_bytes: int
+    chunks: Ranges
     epoch: int
 
 
@@ -155,6 +187,8 @@ Request = (
     | GrowArena
     | DropArena
     | AdoptArena
+    | GetChunks
+    | AdoptChunks
     | Commit
     | Decommit
     | PutManifest
@@ -197,6 +231,14 @@ class ArenaReply(Message):
     arena: ArenaInfo
 
 
+class ChunksReply(Message):
+    """`chunks`: (offset, serial) per descriptor, serials rising. `ranges`: all that is committed, as in ArenaInfo."""
+
+    chunks: Ranges
+    ranges: Ranges
+    more: bool
+
+
 class Committed(Message):
     """The account of the whole device after the request."""
 
@@ -234,7 +276,7 @@ class Failure(Message):
     details: dict[str, int | str] = {}
 
 
-Reply = Ok | Welcome | ArenaReply | Committed | ManifestReply | AnchorStatus | Failure
+Reply = Ok | Welcome | ArenaReply | ChunksReply | Committed | ManifestReply | AnchorStatus | Failure
 
 
 class Ready(Message):
@@ -254,6 +296,7 @@ def _plain(error_type: type[AnchorTPError]) -> _Rebuild:
 
 _ERRORS: dict[str, tuple[type[AnchorTPError], _Rebuild]] = {
     "budget_exceeded": (BudgetExceeded, lambda _, details: BudgetExceeded(**details)),
+    "device_full": (DeviceFull, lambda _, details: DeviceFull(**details)),
     "stale_epoch": (StaleEpoch, lambda message, details: StaleEpoch(message, **details)),
     "lease_held": (LeaseHeld, _plain(LeaseHeld)),
     "arena_unknown": (ArenaUnknown, _plain(ArenaUnknown)),

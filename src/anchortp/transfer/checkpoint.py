@@ -6,8 +6,12 @@ arena, and then only the rows or columns that the unit owns are touched.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from anchortp.errors import CheckpointError
-from anchortp.layout import PANEL_ROWS, ModelUnits, ReplicatedTensor, Source, UnitTensor
+from anchortp.layout import PANEL_ROWS, ModelUnits, ReplicatedTensor, UnitTensor
+from anchortp.transfer.experts import fused_place
 from anchortp.transfer.fingerprint import weight_files
 
-STORED_DTYPES = ("BF16", "F16", "F32")
+TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+STORED_DTYPES = tuple(TORCH_DTYPES)
 INDEX_NAME = "model.safetensors.index.json"
 
 # Columns transposed at a time. torch's blocked transpose wants a dense source and one that stays in the L2
@@ -30,75 +36,146 @@ PANEL_COLUMNS = 128
 class Checkpoint:
     """The tensors of one model folder that its units need. Open with `Checkpoint.open`."""
 
-    def __init__(self, units: ModelUnits, files: dict[str, _File]):
+    def __init__(self, units: ModelUnits, places: dict[str, _Place]):
         self.units = units
-        self._files = files  # by tensor name
+        self._places = places  # by tensor name
         self._views: dict[str, Tensor] = {}
 
     @classmethod
     def open(cls, folder: str | Path, units: ModelUnits) -> Checkpoint:
         """Maps the weight files and checks every tensor that `units` needs: there, of the right shape, of a
-        dtype that can be converted. Tensors that are not needed (a tied lm_head) are ignored.
+        dtype that can be converted. Tensors that are not needed (a tied lm_head) are ignored. Experts may come
+        one by one or fused (`transfer.experts`).
 
         Raises CheckpointError, which names the file and the tensor, what was expected and what was found.
         """
         files = _open_files(Path(folder))
-        needed: dict[str, _File] = {}
-        for name, shape in _expected_shapes(units):
-            if name not in files:
+        places = {}
+        for name, shape in units.stored_tensors():
+            place = _find(files, units, name, shape)
+            if place is None:
                 raise CheckpointError(
                     f"{folder}: tensor {name} of shape {shape} is missing from the weight files. "
                     f"Download the model again, or check that config.json belongs to it."
                 )
-            files[name].check(name, shape)
-            needed[name] = files[name]
-        return cls(units, needed)
+            places[name] = place
+        return cls(units, places)
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor as stored: a view of the mapped file, not to be written to."""
         if name not in self._views:
-            self._views[name] = self._files[name].tensor(name)
+            self._views[name] = self._places[name].tensor()
         return self._views[name]
 
-    def read(self, tensor: UnitTensor, layer: int, first_unit: int, num_units: int, out: Tensor) -> None:
-        """Copies units `[first_unit, first_unit + num_units)` of `tensor` in `layer` into `out`.
+    def read(self, tensor: UnitTensor, copy: int, first_unit: int, num_units: int, out: Tensor) -> None:
+        """Copies units `[first_unit, first_unit + num_units)` of one copy of `tensor` into `out`, all their rows."""
+        assert out.shape[0] == num_units * tensor.rows, out.shape
+        self.read_rows(tensor, copy, first_unit, 0, out)
 
-        `out`: `[num_units * rows, hidden]` of the model's dtype, contiguous; per unit its parts are stacked
-        (kv: rows of k, then of v; gate_up: rows of gate, then of up), columns become rows, and what lies
-        beyond the end of the checkpoint's tensor becomes zeros. A packed tensor is packed after that.
+    def read_rows(self, tensor: UnitTensor, copy: int, first_unit: int, first_row: int, out: Tensor) -> None:
+        """Copies rows of one copy of `tensor` into `out`, from row `first_row` of unit `first_unit` on.
+
+        `out`: `[rows, hidden]` of the model's dtype, contiguous, over any number of units. In each unit its parts
+        are stacked (kv: rows of k, then of v; gate_up: rows of gate, then of up), columns become rows, and what
+        lies beyond the end of the checkpoint's tensor becomes zeros. Of a tensor in panels (`layout.units`) a row is
+        what takes the place of one in the arena.
+
+        Raises CheckpointError when the file has become shorter, OSError when it cannot be read.
         """
-        assert out.shape == (num_units * tensor.rows, self.units.config.hidden_size), out.shape
-        if self.units.is_packed(tensor):
-            plain = torch.empty_like(out)
-            self._read_plain(tensor, layer, first_unit, num_units, plain)
-            _pack(plain, out)
-        else:
-            self._read_plain(tensor, layer, first_unit, num_units, out)
+        assert out.is_contiguous() and out.shape[1] == self.units.config.hidden_size, out.shape
+        if not self.units.in_panels(tensor):
+            self._read_plain(tensor, copy, first_unit, first_row, out)
+            return
+        first, last = first_row // PANEL_ROWS, -(-(first_row + out.shape[0]) // PANEL_ROWS)
+        plain = out.new_empty((last - first) * PANEL_ROWS, out.shape[1])
+        self._read_plain(tensor, copy, first_unit, first * PANEL_ROWS, plain)
+        skipped = first_row - first * PANEL_ROWS
+        if plain.shape == out.shape:
+            _to_panels(plain, out)
+        else:  # a part of a panel
+            panels = torch.empty_like(plain)
+            _to_panels(plain, panels)
+            out.copy_(panels[skipped : skipped + out.shape[0]])
 
-    def _read_plain(self, tensor: UnitTensor, layer: int, first_unit: int, num_units: int, out: Tensor) -> None:
-        blocks = out.view(num_units, tensor.rows, -1)
-        first_row = 0
-        for part in tensor.parts:
-            stored = self.tensor(part.name.format(layer=layer))
-            stop = min((first_unit + num_units) * part.extent, stored.shape[part.axis])
-            start = min(first_unit * part.extent, stop)
-            source = stored[start:stop] if part.axis == 0 else stored[:, start:stop].t()
-            _copy_units(blocks[:, first_row : first_row + part.extent], source)
-            first_row += part.extent
+    def _read_plain(self, tensor: UnitTensor, copy: int, first_unit: int, first_row: int, out: Tensor) -> None:
+        for stretch in self._stretches(tensor, copy, first_unit, first_row, out.shape[0]):
+            place = self._places[stretch.name]
+            present = max(0, min(stretch.count, place.shape[stretch.axis] - stretch.index))
+            rows = out[stretch.row : stretch.row + present]
+            out[stretch.row + present : stretch.row + stretch.count].zero_()
+            if not present:
+                continue
+            if stretch.axis == 1:
+                place.file.check_size()
+                _transpose(rows, self.tensor(stretch.name)[:, stretch.index : stretch.index + present])
+            elif not place.read_rows(stretch.index, rows):
+                place.file.check_size()
+                rows.copy_(self.tensor(stretch.name)[stretch.index : stretch.index + present])  # it is converted
 
     def read_replicated(self, tensor: ReplicatedTensor, layer: int, out: Tensor) -> None:
         """Copies a whole replicated tensor into `out` (its shape, the model's dtype)."""
-        out.copy_(self.tensor(tensor.name.format(layer=layer)))
+        name = tensor.name.format(layer=layer)
+        self._places[name].file.check_size()
+        out.copy_(self.tensor(name))
+
+    def prefetch(self, tensor: UnitTensor, copy: int, first_unit: int, first_row: int, num_rows: int) -> None:
+        """Asks the system to read those rows from disk soon, where they are not in the page cache. Of a tensor that
+        is cut along its columns that means all of it: each of its pages holds a few bytes of every unit."""
+        for stretch in self._stretches(tensor, copy, first_unit, first_row, num_rows):
+            place = self._places[stretch.name]
+            first, last = (stretch.index, stretch.index + stretch.count) if stretch.axis == 0 else (0, place.shape[0])
+            place.prefetch(first, min(last, place.shape[0]))
+
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError if a weight file was written to since it was opened."""
+        for file in {place.file for place in self._places.values()}:
+            file.check_unchanged()
+
+    def _stretches(
+        self, tensor: UnitTensor, copy: int, first_unit: int, first_row: int, num_rows: int
+    ) -> Iterator[_Stretch]:
+        """The longest runs of rows that lie together in the checkpoint, in order."""
+        last: _Stretch | None = None
+        row = 0
+        while row < num_rows:
+            unit, inside = divmod(first_row + row, tensor.rows)
+            for part in tensor.parts:
+                if inside < part.extent:
+                    break
+                inside -= part.extent
+            name, index = self.units.stored_at(tensor, part, copy, first_unit + unit)
+            count = min(part.extent - inside, num_rows - row)
+            if last is not None and last.name == name and last.index + last.count == index + inside:
+                last.count += count
+            else:
+                if last is not None:
+                    yield last
+                last = _Stretch(name=name, axis=part.axis, index=index + inside, row=row, count=count)
+            row += count
+        if last is not None:
+            yield last
+
+
+@dataclass(slots=True, kw_only=True)
+class _Stretch:
+    """`count` indices from `index` on of an axis of a stored tensor; they become rows from `row` on."""
+
+    name: str
+    axis: int
+    index: int
+    row: int
+    count: int
 
 
 class _File:
-    """One mapped safetensors file."""
+    """One safetensors file: its header, a mapping and a descriptor."""
 
     def __init__(self, path: Path):
         self.path = path
         try:
             # On CPU `get_tensor` of this handle is a view of the mapping (no byte is read before it is used).
             self._handle = safe_open(path, framework="pt", device="cpu")
+            self._reader = path.open("rb", buffering=0)
         except FileNotFoundError:
             raise CheckpointError(f"{path} is missing. Download the model again.") from None
         except (SafetensorError, OSError) as error:
@@ -107,6 +184,30 @@ class _File:
                 f"{path} ({size} bytes) is not a whole safetensors file: {error}. Download it again."
             ) from None
         self.names = frozenset(self._handle.keys())
+        self.fd = self._reader.fileno()
+        self._opened = os.fstat(self.fd)
+        (header_bytes,) = struct.unpack("<Q", self._reader.read(8))
+        self._header = json.loads(self._reader.read(header_bytes))
+        self._data_at = 8 + header_bytes
+
+    def where(self, name: str) -> tuple[torch.dtype, int]:
+        """Of a tensor that was checked: its dtype, and where its bytes begin in the file."""
+        entry = self._header[name]
+        return TORCH_DTYPES[entry["dtype"]], self._data_at + entry["data_offsets"][0]
+
+    def check_size(self) -> None:
+        """Before bytes are read through the mapping, which would end the process where the file has been cut off.
+        Raises CheckpointError."""
+        size = os.fstat(self.fd).st_size
+        if size < self._opened.st_size:
+            raise CheckpointError(f"{self.path} now ends after {size} bytes. Download the model again.")
+
+    def check_unchanged(self) -> None:
+        now = os.fstat(self.fd)
+        if (now.st_size, now.st_mtime_ns) != (self._opened.st_size, self._opened.st_mtime_ns):
+            raise CheckpointError(
+                f"{self.path} was written to while it was being served. Restore it, or restart with the new weights."
+            )
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         if name not in self.names:
@@ -129,6 +230,57 @@ class _File:
 
     def tensor(self, name: str) -> Tensor:
         return self._handle.get_tensor(name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Place:
+    """Where a tensor of `shape` is: under `name` in `file`; of a fused one, rows from `start` on of `expert`."""
+
+    file: _File
+    name: str
+    shape: tuple[int, ...]
+    expert: int | None = None
+    expert_rows: int = 0
+    start: int = 0
+
+    def tensor(self) -> Tensor:
+        stored = self.file.tensor(self.name)
+        return stored if self.expert is None else stored[self.expert, self.start : self.start + self.shape[0]]
+
+    def read_rows(self, first_row: int, out: Tensor) -> bool:
+        """Reads rows straight into `out`; False if they are stored in another dtype.
+
+        This costs no page faults on the file's side, and tells of a file that has become short.
+        """
+        dtype, start = self._row_at(first_row)
+        if dtype != out.dtype:
+            return False
+        fill(self.file.fd, start, memoryview(out.view(torch.uint8).numpy()).cast("B"))
+        return True
+
+    def prefetch(self, first_row: int, last_row: int) -> None:
+        start, stop = self._row_at(first_row)[1], self._row_at(last_row)[1]
+        if start < stop and not (_is_cached(self.file.fd, start) and _is_cached(self.file.fd, stop - 1)):
+            os.posix_fadvise(self.file.fd, start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def _row_at(self, row: int) -> tuple[torch.dtype, int]:
+        dtype, start = self.file.where(self.name)
+        before = row + self.start + (self.expert or 0) * self.expert_rows
+        return dtype, start + before * self.shape[1] * dtype.itemsize
+
+
+def _find(files: dict[str, _File], units: ModelUnits, name: str, shape: tuple[int, ...]) -> _Place | None:
+    """Where the tensor called `name` is stored, checked; None if it is not. Raises CheckpointError."""
+    if name in files:
+        files[name].check(name, shape)
+        return _Place(file=files[name], name=name, shape=shape)
+    fused = fused_place(name, shape, units.config)
+    if fused is None or fused.name not in files:
+        return None
+    file = files[fused.name]
+    file.check(fused.name, fused.shape)
+    rows = fused.shape[1] if fused.expert is not None else 0
+    return _Place(file=file, name=fused.name, shape=shape, expert=fused.expert, expert_rows=rows, start=fused.start)
 
 
 def _open_files(folder: Path) -> dict[str, _File]:
@@ -159,48 +311,27 @@ def _open_indexed(folder: Path) -> dict[str, _File]:
     return {name: opened[file] for name, file in names.items()}
 
 
-def _expected_shapes(units: ModelUnits) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Every checkpoint tensor that the units need, with its shape in elements."""
-    for tensor in units.tensors:
-        for part in tensor.parts:
-            shape = _stored_shape(units, tensor, part)
-            for layer in range(units.num_copies(tensor)):
-                yield part.name.format(layer=layer), shape
-    for replicated in units.replicated:
-        for layer in range(units.num_copies(replicated)):
-            yield replicated.name.format(layer=layer), replicated.shape
+def fill(fd: int, start: int, out: memoryview) -> None:
+    """Reads from `start` of a file until `out` is full. Raises CheckpointError if the file ends before."""
+    done = 0
+    while done < len(out):
+        num_bytes = os.preadv(fd, [out[done:]], start + done)
+        if num_bytes == 0:
+            raise CheckpointError(f"a weight file ends at byte {start + done}, {len(out) - done} too early")
+        done += num_bytes
 
 
-def _stored_shape(units: ModelUnits, tensor: UnitTensor, part: Source) -> tuple[int, int]:
-    hidden = units.config.hidden_size
-    # Only the vocabulary may end within a unit; the rest of its last unit is padding.
-    extent = units.config.vocab_size if not tensor.per_layer else units.num_units[tensor.family] * part.extent
-    return (extent, hidden) if part.axis == 0 else (hidden, extent)
+def _is_cached(fd: int, at: int) -> bool:
+    """Whether a byte of a file can be had without waiting for the disk."""
+    try:
+        return os.preadv(fd, [bytearray(1)], at, os.RWF_NOWAIT) == 1
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
+            return False
+        raise
 
 
-def _copy_units(blocks: Tensor, source: Tensor) -> None:
-    """`source` `[n, hidden]` into the rows of `blocks` `[units, extent, hidden]`, zeros after its end."""
-    num_units, extent = blocks.shape[:2]
-    whole, rest = divmod(source.shape[0], extent)
-    _copy_rows(blocks[:whole], source[: whole * extent])
-    if whole < num_units:
-        blocks[whole, :rest].copy_(source[whole * extent :])
-        blocks[whole, rest:].zero_()
-        blocks[whole + 1 :].zero_()
-
-
-def _copy_rows(blocks: Tensor, source: Tensor) -> None:
-    """`source` `[units * extent, hidden]` into `blocks` `[units, extent, hidden]`; fast if source is transposed."""
-    if source.is_contiguous():
-        blocks.copy_(source.view(blocks.shape))
-    elif blocks.is_contiguous():
-        _transpose(blocks.view(source.shape), source.t())
-    else:
-        for block, rows in zip(blocks, source.split(blocks.shape[1]), strict=True):
-            _transpose(block, rows.t())
-
-
-def _pack(plain: Tensor, out: Tensor) -> None:
+def _to_panels(plain: Tensor, out: Tensor) -> None:
     """Writes `plain` `[rows, hidden]`, bfloat16, into `out`, of the same shape, in panels (`layout.units`)."""
     num_pairs = plain.shape[1] // 2
     sources = plain.view(torch.int32).view(-1, PANEL_ROWS, num_pairs)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anchortp.layout import FAMILIES, UnitTensor, WeightAddresses
+from anchortp.layout import EVERY_FAMILY, EXPERT, UnitTensor, WeightAddresses
 from anchortp.transfer.checkpoint import Checkpoint
 
 Item = tuple[str, int, int]  # family, unit, slot
@@ -18,7 +18,7 @@ Check = Callable[[], None]  # is called before each copy; may raise to end the l
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """Units consecutive in the checkpoint that go to consecutive slots: one copy per tensor and layer."""
+    """Units consecutive in the checkpoint that go to consecutive slots: one move of bytes per copy of a tensor."""
 
     first_unit: int
     first_slot: int
@@ -42,14 +42,14 @@ def load_units(
     """
     runs = coalesce(items)
     num_bytes = 0
-    for tensor, layer in compute_order(addresses):
+    for tensor, copy in compute_order(addresses):
         for run in runs[tensor.family]:
             if check is not None:
                 check()
-            start = addresses.block(tensor, layer, run.first_slot)[0]
-            stop = addresses.block(tensor, layer, run.first_slot + run.num_units - 1)[1]
+            start = addresses.block(tensor, copy, run.first_slot)[0]
+            stop = addresses.block(tensor, copy, run.first_slot + run.num_units - 1)[1]
             out = _typed(buffer, addresses, start, stop).view(-1, addresses.units.config.hidden_size)
-            checkpoint.read(tensor, layer, run.first_unit, run.num_units, out)
+            checkpoint.read(tensor, copy, run.first_unit, run.num_units, out)
             num_bytes += stop - start
             if on_progress is not None:
                 on_progress(stop - start)
@@ -81,30 +81,32 @@ def load_replicated(
 
 
 def coalesce(items: Iterable[Item]) -> dict[str, tuple[Run, ...]]:
-    """Per family the fewest runs that are consecutive in both unit and slot."""
-    by_slot: dict[str, list[tuple[int, int]]] = {family: [] for family in FAMILIES}
+    """Per family the fewest runs that are consecutive in both unit and slot. Experts go one by one: they are large,
+    and each has checkpoint tensors of its own."""
+    by_slot: dict[str, list[tuple[int, int]]] = {family: [] for family in EVERY_FAMILY}
     for family, unit, slot in items:
         by_slot[family].append((slot, unit))
-    return {family: tuple(_runs(sorted(pairs))) for family, pairs in by_slot.items()}
+    return {family: tuple(_runs(sorted(pairs), joined=family != EXPERT)) for family, pairs in by_slot.items()}
 
 
-def _runs(pairs: list[tuple[int, int]]) -> Iterator[Run]:
+def _runs(pairs: list[tuple[int, int]], *, joined: bool) -> Iterator[Run]:
     begin = 0
     for end in range(1, len(pairs) + 1):
         length = end - begin
         slot, unit = pairs[begin]
-        if end == len(pairs) or pairs[end] != (slot + length, unit + length):
+        if not joined or end == len(pairs) or pairs[end] != (slot + length, unit + length):
             yield Run(first_unit=unit, first_slot=slot, num_units=length)
             begin = end
 
 
 def compute_order(addresses: WeightAddresses) -> Iterator[tuple[UnitTensor, int]]:
-    """(tensor, layer) as a forward pass meets them: the embedding, then layer by layer, lm_head last."""
-    once = [tensor for tensor in addresses.units.tensors if not tensor.per_layer]
-    layered = [tensor for tensor in addresses.units.tensors if tensor.per_layer]
+    """(tensor, copy) as a forward pass meets them: the embedding, then layer by layer, experts, lm_head last."""
+    units = addresses.units
+    once = [tensor for tensor in units.tensors if not tensor.per_layer]
+    layered = [tensor for tensor in units.tensors if tensor.per_layer]
     yield from ((tensor, 0) for tensor in once if tensor.key == "embed")
-    for layer in range(addresses.units.config.num_layers):
-        yield from ((tensor, layer) for tensor in layered)
+    for layer in range(units.config.num_layers):
+        yield from ((tensor, copy) for tensor in layered for copy in units.copies_in_layer(tensor, layer))
     yield from ((tensor, 0) for tensor in once if tensor.key != "embed")
 
 

@@ -37,7 +37,7 @@ def makespan(problem: Problem) -> Plan:
     1990), the bound of step 3 its dual.
     """
     best = _search(problem)
-    kept, pieces = best.delivery.placement.kept, best.delivery.pieces()
+    kept, pieces = best.delivery.kept, best.delivery.pieces()
     return assemble(
         problem,
         policy="makespan",

@@ -41,7 +41,7 @@ def take_rows(packed: Tensor, rows: Tensor) -> Tensor:
     return panels[rows // PANEL_ROWS, :, rows % PANEL_ROWS].view(packed.dtype)
 
 
-def packed_matrix(panels: Tensor) -> Tensor:
+def panel_matrix(panels: Tensor) -> Tensor:
     """An opaque tensor for `linear` over the memory of `panels` `[rows, hidden]`, which must outlive it."""
     shape = tuple(panels.shape)
     return _opaque(panels.data_ptr(), shape, _descriptor(*shape))
@@ -57,7 +57,7 @@ def check_panels(hidden: int) -> None:
         try:
             panels = plain.view(torch.int32).view(3, PANEL_ROWS, -1).transpose(1, 2).contiguous()
             panels = panels.view(torch.bfloat16).view(plain.shape)
-            same = torch.allclose(linear(x, packed_matrix(panels)), F.linear(x, plain), rtol=2e-2, atol=1e-1)
+            same = torch.allclose(linear(x, panel_matrix(panels)), F.linear(x, plain), rtol=2e-2, atol=1e-1)
         except (AttributeError, RuntimeError, NotImplementedError, _Refused) as error:
             raise CheckpointError(
                 f"this torch has no packed matrices ({error}); start with --weights plain."

@@ -1,0 +1,54 @@
+"""What the coordinator knows of each device, and whether a layout fits into their memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from anchortp.errors import DoesNotFit, in_words
+from anchortp.layout import KV, KVAddresses, Layout, ModelUnits, Shard, WeightAddresses
+
+
+@dataclass(slots=True, kw_only=True)
+class Device:
+    """`shard`: what is whole in its arena. `fresh`: nothing is, not even the replicated tensors. `arranging`: its
+    units are being moved to these slots; if its worker dies meanwhile, nothing in it can be believed.
+    `planes`: KV heads whose planes are as good as the coordinator says the cache is.
+    """
+
+    budget_bytes: int
+    shard: Shard
+    fresh: bool
+    has_anchor: bool = True
+    has_worker: bool = False
+    failures: int = 0
+    planes: frozenset[int] = frozenset()
+    arranging: Shard | None = None
+
+
+def fitting_kv_blocks(
+    units: ModelUnits, devices: Mapping[str, Device], layout: Layout, *, block_size: int, wanted: int, least: int
+) -> int:
+    """As many KV blocks as `wanted`, or as fit beside the weights of `layout` on the fullest device.
+
+    Raises DoesNotFit, with the numbers, where the weights alone do not fit or fewer than `least` blocks would.
+    """
+    weights = WeightAddresses(units=units)
+    kv = KVAddresses(config=units.config, block_size=block_size, num_blocks=wanted)
+    best = wanted
+    for shard in layout.shards:
+        budget, need = devices[shard.device].budget_bytes, weights.committed_bytes(shard)
+        if need > budget:
+            raise DoesNotFit(
+                f"{shard.device} would hold {in_words(need)} of weights, its budget is {in_words(budget)}. "
+                f"Give it more memory or use more devices."
+            )
+        fitting = kv.blocks_that_fit(len(shard[KV]), budget - need)
+        if fitting < least:
+            raise DoesNotFit(
+                f"{shard.device} has {in_words(budget - need)} left for KV cache beside {in_words(need)} of weights: "
+                f"{fitting} block(s) of {block_size} tokens, but at least {least} are needed. "
+                f"Give it more memory or use more devices."
+            )
+        best = min(best, fitting)
+    return best

@@ -1,0 +1,99 @@
+"""Sums over the bytes of units, as they lie in an arena: the same on every device, whatever way they came.
+
+A unit's sum is the xxh3_64 of each of its segments (`transfer.work`), one after the other in hex. So a segment can be
+judged as soon as it is there, while it is still in the cache, and a load can tell which bytes to bring again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+
+import xxhash
+
+from anchortp.arena.intervals import IntervalSet
+from anchortp.transfer.work import Chunk, Geometry, Segment
+
+DIGITS = 16  # hex digits of one segment
+
+
+def sum_key(family: str, unit: int) -> str:
+    """The name of a unit's sum on the wire."""
+    return f"{family}:{unit}"
+
+
+def digest(data: memoryview) -> str:
+    """xxh3_64 in hex."""
+    return xxhash.xxh3_64_hexdigest(data)
+
+
+def digest_value(data: memoryview) -> int:
+    """xxh3_64 as a number other than 0, which stands for nothing."""
+    return xxhash.xxh3_64_intdigest(data) or 1
+
+
+class SumBook:
+    """Which segments of a load have arrived and been found right, and what they add up to. One thread at a time.
+
+    `expected`: sums by `sum_key` (any may be missing); one that is not of this model's shape counts as missing.
+    """
+
+    def __init__(self, geometry: Geometry, chunks: Iterable[Chunk], expected: Mapping[str, str]):
+        self._geometry = geometry
+        self._expected = expected
+        self._digests: dict[tuple[str, int, int], dict[int, str]] = defaultdict(dict)  # by family, unit and slot
+        self._parts: dict[int, IntervalSet] = defaultdict(IntervalSet)  # by the start of a segment that comes in parts
+        self._brings: dict[int, set[int]] = defaultdict(set)  # the chunks that bring a segment, by its start
+        self._missing = [set[int]() for _ in range(geometry.num_positions)]  # starts of segments, by position
+        for index, chunk in enumerate(chunks):
+            for segment in geometry.segments(chunk):
+                self._brings[segment.start].add(index)
+                self._missing[chunk.position].add(segment.start)
+        self._num_missing = sum(map(len, self._missing))
+
+    def arrived(self, chunk: Chunk) -> list[Segment]:
+        """The chunk's bytes are there: the segments that are whole by now."""
+        segments = list(self._geometry.segments(chunk))
+        if segments[0].start >= chunk.start and segments[-1].stop <= chunk.stop:
+            return segments
+        (segment,) = segments  # chunks are cut so
+        parts = self._parts[segment.start]
+        parts.add(chunk.start, min(chunk.stop, segment.stop))
+        return segments if parts.total == segment.stop - segment.start else []
+
+    def expected(self, segment: Segment) -> str | None:
+        """What the segment should add up to, if that is known."""
+        known = self._expected.get(sum_key(segment.family, segment.unit), "")
+        if len(known) != DIGITS * self._geometry.num_segments(segment.family, segment.unit):
+            return None
+        return known[segment.index * DIGITS : (segment.index + 1) * DIGITS]
+
+    def accept(self, chunk: Chunk, digests: Mapping[Segment, str]) -> None:
+        """These segments, which the chunk made whole, are right."""
+        for segment, found in digests.items():
+            self._digests[segment.family, segment.unit, segment.slot][segment.index] = found
+            self._num_missing -= segment.start in self._missing[chunk.position]
+            self._missing[chunk.position].discard(segment.start)
+
+    def reject(self, segment: Segment) -> set[int]:
+        """The segment is wrong; returns the chunks (their numbers) that have to bring it again."""
+        self._parts.pop(segment.start, None)
+        return self._brings[segment.start]
+
+    @property
+    def is_complete(self) -> bool:
+        return self._num_missing == 0
+
+    @property
+    def first_missing(self) -> int:
+        """All positions before this one are there."""
+        return next((position for position, starts in enumerate(self._missing) if starts), len(self._missing))
+
+    def sums(self) -> dict[str, str]:
+        """By `sum_key`, of every unit that is whole."""
+        found = {}
+        for (family, unit, _), digests in self._digests.items():
+            count = self._geometry.num_segments(family, unit)
+            if len(digests) == count:
+                found[sum_key(family, unit)] = "".join(digests[index] for index in range(count))
+        return found

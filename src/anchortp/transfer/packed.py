@@ -1,0 +1,187 @@
+"""Columns kept as rows: a file with the row-parallel weights of a model as arenas hold them, unit by unit.
+
+A checkpoint has the columns of such a weight (attention output, MLP down) strided: a few bytes of every page belong
+to a unit, so that reading one unit maps (or reads from disk) the whole tensor, and then it has to be transposed. Here
+a unit's block is contiguous and read as fast as rows are. Workers fill the file from their arenas when they have
+nothing better to do, and every later load, of any layout, reads from it; what is not there is read from the
+checkpoint. It takes the size of these weights (a third of a model) on disk and can be deleted at any time.
+
+The file ends with the xxh3_64 of every segment (`transfer.work`), 0 where there is none. It is written after its
+segment, and believed only if the segment adds up to it: processes share the file without locks, and a segment that
+was torn by a crash counts as missing.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor
+
+from anchortp.errors import CheckpointError
+from anchortp.layout import ReplicatedTensor, Shard, UnitTensor
+from anchortp.transfer.checkpoint import fill
+from anchortp.transfer.checksum import digest_value
+from anchortp.transfer.work import Chunk, Geometry, Region
+
+PACE = 0.1  # share of the time in which a worker that serves fills the file
+_WORD_BYTES = 8
+
+
+class PackedColumns:
+    """The file of one model, for any number of threads and processes. `close` it."""
+
+    def __init__(self, path: Path, geometry: Geometry):
+        """Opens the file, or makes it: sparse, so it takes what was written. Raises OSError."""
+        self._geometry = geometry
+        self._bases: dict[tuple[str, int], tuple[int, int]] = {}  # (key, copy) -> first byte, first segment
+        num_bytes = num_segments = 0
+        for regions in geometry.regions.values():
+            for region in filter(is_packed, regions):
+                self._bases[region.tensor.key, region.copy] = num_bytes, num_segments
+                count = geometry.units.num_units[region.family]
+                num_bytes += count * region.block_bytes
+                num_segments += count * region.num_segments
+        table_at = -(-num_bytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+        table_bytes = max(1, num_segments) * _WORD_BYTES
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            # The table is written through a mapping: its pages must exist, or a full disk would end the process.
+            os.posix_fallocate(self._fd, table_at, table_bytes)
+            self._map = mmap.mmap(self._fd, table_bytes, offset=table_at)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._table = memoryview(self._map).cast("Q")
+
+    def read(self, chunk: Chunk, out: Tensor) -> bool:
+        """Fills `out` (uint8, the chunk's bytes), if all of them are here and right."""
+        numbers = self._numbers(chunk)
+        if not numbers or not all(self._table[number] for number in numbers):
+            return False
+        view = memoryview(out.numpy())
+        try:
+            fill(self._fd, self._at(chunk.region, chunk.unit) + chunk.first_byte, view)
+        except (CheckpointError, OSError):
+            return False
+        for number, segment in zip(numbers, self._geometry.segments(chunk), strict=True):
+            found = digest_value(view[segment.start - chunk.start : segment.stop - chunk.start])
+            if self._table[number] != found:
+                self._table[number] = 0
+                return False
+        return True
+
+    def has(self, chunk: Chunk) -> bool:
+        """Whether `read` would find the chunk, as far as the table says."""
+        numbers = self._numbers(chunk)
+        return bool(numbers) and all(self._table[number] for number in numbers)
+
+    def prefetch(self, chunk: Chunk) -> None:
+        """The chunk will be read soon."""
+        start = self._at(chunk.region, chunk.unit) + chunk.first_byte
+        os.posix_fadvise(self._fd, start, chunk.num_bytes, os.POSIX_FADV_WILLNEED)
+
+    def write(self, region: Region, unit: int, index: int, data: memoryview) -> None:
+        """Puts in the `index`-th segment of a unit's block, if it is not there. Raises OSError (the disk is full)."""
+        number = self._first_number(region, unit) + index
+        if self._table[number]:
+            return
+        start, done = self._at(region, unit) + index * region.segment_bytes, 0
+        while done < len(data):
+            done += os.pwrite(self._fd, data[done:], start + done)
+        self._table[number] = digest_value(data)
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            self._table.release()
+            self._map.close()
+            os.close(self._fd)
+            self._fd = -1
+
+    def _numbers(self, chunk: Chunk) -> range:
+        """The chunk's segments in the table; none unless it is whole segments of a tensor that is kept here."""
+        region = chunk.region
+        first, rest = divmod(chunk.first_byte, region.segment_bytes)
+        num_blocks, end = divmod(chunk.first_byte + chunk.num_bytes, region.block_bytes)
+        if not is_packed(region) or rest or end % region.segment_bytes:
+            return range(0)
+        start = self._first_number(region, chunk.unit)
+        return range(start + first, start + num_blocks * region.num_segments + end // region.segment_bytes)
+
+    def _at(self, region: Region, unit: int) -> int:
+        return self._bases[region.tensor.key, region.copy][0] + unit * region.block_bytes
+
+    def _first_number(self, region: Region, unit: int) -> int:
+        return self._bases[region.tensor.key, region.copy][1] + unit * region.num_segments
+
+
+def open_packed(path: Path, geometry: Geometry) -> PackedColumns | None:
+    """None, and a line in the log, where the file cannot be had: everything works without it, slower."""
+    try:
+        return PackedColumns(path, geometry)
+    except OSError as error:
+        logging.getLogger(__name__).warning("%s cannot be used (%s): columns are read from the checkpoint", path, error)
+        return None
+
+
+def is_packed(region: Region) -> bool:
+    """Whether the region's tensor is cut along columns in the checkpoint."""
+    tensor = region.tensor
+    return not isinstance(tensor, ReplicatedTensor) and _is_columns(tensor)
+
+
+def _is_columns(tensor: UnitTensor) -> bool:
+    return all(part.axis == 1 for part in tensor.parts)
+
+
+class Packer:
+    """A thread that fills the file with what a shard holds, `pace` of the time. `buffer`: the weights arena, in which
+    the shard's slots stay as they are until `stop` has returned."""
+
+    def __init__(self, packed: PackedColumns, geometry: Geometry, shard: Shard, buffer: Tensor, pace: float = PACE):
+        self._packed = packed
+        self._geometry = geometry
+        self._shard = shard
+        self._view = memoryview(buffer.numpy())
+        self._pace = pace
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="packer", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Returns once nothing of the arena is read any more (within a segment)."""
+        self._stopped.set()
+        self.join()
+
+    def join(self) -> None:
+        if self._thread.ident is not None:
+            self._thread.join()
+
+    def _run(self) -> None:
+        for region, unit, slot in self._blocks():
+            block = self._geometry.start(region, slot)
+            for index in range(region.num_segments):
+                if self._stopped.is_set():
+                    return
+                began_s = time.monotonic()
+                start = block + index * region.segment_bytes
+                stop = min(start + region.segment_bytes, block + region.block_bytes)
+                try:
+                    self._packed.write(region, unit, index, self._view[start:stop])
+                except OSError:
+                    return  # the disk is full: loads read the checkpoint, as they would without the file
+                self._stopped.wait((time.monotonic() - began_s) * (1.0 / self._pace - 1.0))
+
+    def _blocks(self) -> Iterator[tuple[Region, int, int]]:
+        for family, regions in self._geometry.regions.items():
+            for region in filter(is_packed, regions):
+                for slot, unit in enumerate(self._shard[family]):
+                    yield region, unit, slot

@@ -1,0 +1,149 @@
+"""Where chunks come from and where they go: the host's checkpoint, another device's arena, this device's arena.
+
+Runs in a worker, on the threads of a load (`transfer.executor`). A source's errors are OSError and AnchorTPError; of
+these StateError and WireError say that it will not answer again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from anchortp.arena import IntervalSet, MemfdArena
+from anchortp.errors import StateError
+from anchortp.layout import ReplicatedTensor
+from anchortp.transfer.checkpoint import Checkpoint, fill
+from anchortp.transfer.packed import PackedColumns
+from anchortp.transfer.work import Chunk
+
+MADV_POPULATE_READ = 22  # Linux 5.14; maps the pages that are there, many at a time
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+class Stopped(Exception):
+    """The read was told to stop (`stopped` in `Source.read`)."""
+
+
+class Source(Protocol):
+    """Holds the bytes of chunks. Several threads read at once."""
+
+    def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> None:
+        """Fills `out` (uint8, the chunk's bytes). Where it waits for something it asks `stopped`, and raises
+        Stopped; it writes nothing into `out` after it has returned or raised."""
+        ...
+
+    def check_unchanged(self) -> None:
+        """Raises if bytes that were read since the source was opened may be others than they should."""
+        ...
+
+    def prefetch(self, chunk: Chunk) -> None:
+        """The chunk will be read soon."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class HostSource:
+    """The checkpoint's files, and what is kept of them in a better order. Keeps nothing open of its own."""
+
+    def __init__(self, checkpoint: Checkpoint, packed: PackedColumns | None = None):
+        self._checkpoint = checkpoint
+        self._packed = packed
+        config = checkpoint.units.config
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+        self._row_bytes = config.hidden_size * config.dtype_bytes
+
+    def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> None:
+        tensor = chunk.region.tensor
+        if isinstance(tensor, ReplicatedTensor):
+            self._checkpoint.read_replicated(tensor, chunk.region.copy, out.view(self._dtype).view(tensor.shape))
+            return
+        if self._packed is not None and self._packed.read(chunk, out):
+            return
+        first_row, skipped = divmod(chunk.first_byte, self._row_bytes)
+        num_rows = -(-(skipped + chunk.num_bytes) // self._row_bytes)
+        if num_rows * self._row_bytes == chunk.num_bytes:
+            rows = out.view(self._dtype).view(num_rows, -1)
+            self._checkpoint.read_rows(tensor, chunk.region.copy, chunk.unit, first_row, rows)
+            return
+        # A part of a unit that begins or ends within a row: rare, and at most a row more at each end.
+        rows = torch.empty(num_rows, self._row_bytes // self._dtype.itemsize, dtype=self._dtype)
+        self._checkpoint.read_rows(tensor, chunk.region.copy, chunk.unit, first_row, rows)
+        out.copy_(rows.view(torch.uint8).flatten()[skipped : skipped + chunk.num_bytes])
+
+    def check_unchanged(self) -> None:
+        self._checkpoint.check_unchanged()
+
+    def prefetch(self, chunk: Chunk) -> None:
+        tensor = chunk.region.tensor
+        if self._packed is not None and self._packed.has(chunk):
+            self._packed.prefetch(chunk)
+        elif not isinstance(tensor, ReplicatedTensor):
+            first_row, skipped = divmod(chunk.first_byte, self._row_bytes)
+            num_rows = -(-(skipped + chunk.num_bytes) // self._row_bytes)
+            self._checkpoint.prefetch(tensor, chunk.region.copy, chunk.unit, first_row, num_rows)
+
+    def close(self) -> None:
+        pass
+
+
+class PeerSource:
+    """Another device's weights arena, or this device's own (a unit that changes its slot).
+
+    Read through its descriptor: that needs no mapping, whose page faults would cost as much as the copy.
+    `is_gone`: whether the arena's anchor has gone; its memory is not to be believed then.
+    """
+
+    def __init__(self, device: str, arena: MemfdArena, *, is_gone: Callable[[], bool], on_close: Callable[[], None]):
+        self._device = device
+        self._arena = arena
+        self._is_gone = is_gone
+        self._on_close = on_close
+
+    def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> None:
+        fill(self._arena.fd, chunk.source_start, memoryview(out.numpy()))
+        self.check_unchanged()
+
+    def check_unchanged(self) -> None:
+        if self._is_gone():
+            raise StateError(f"the anchor of {self._device} went away while its units were copied; load them elsewhere")
+
+    def prefetch(self, chunk: Chunk) -> None:
+        pass
+
+    def close(self) -> None:
+        self._on_close()
+
+
+class Destination:
+    """This device's weights arena. `buffer`: 1-D uint8, a mapping of all of it."""
+
+    def __init__(self, arena: MemfdArena, buffer: Tensor):
+        self._arena = arena
+        self._buffer = buffer
+        self._view = memoryview(buffer.numpy())
+        self._prepared = IntervalSet()
+        self._lock = threading.Lock()
+
+    def prepare(self, start: int, stop: int) -> None:
+        """Allocates and maps the pages of `[start, stop)` in bulk, once: page by page, as they are written, would
+        take longer than the copy. Raises StateError when there is no memory."""
+        with self._lock:
+            if not self._prepared.add(start, stop):
+                return
+        self._arena.allocate(start, stop)
+        page = self._buffer.data_ptr() + start & -4096
+        # Where the kernel is too old for it, pages are mapped one by one as they are written.
+        _libc.madvise(page, self._buffer.data_ptr() + stop - page, MADV_POPULATE_READ)
+
+    def tensor(self, start: int, stop: int) -> Tensor:
+        return self._buffer[start:stop]
+
+    def view(self, start: int, stop: int) -> memoryview:
+        return self._view[start:stop]

@@ -1,0 +1,20 @@
+"""An arena's memory as a tensor, whatever it is made of. Nothing is copied."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from anchortp.arena import MemfdArena, VmmMapping
+
+
+def tensor_of(arena: MemfdArena | VmmMapping) -> Tensor:
+    """1-D uint8 over all `reserved_bytes`, on the device that the memory is on; it outlives the arena object.
+
+    On an arena of chunks only what is attached may be touched (`AnchorClient.refresh`); chunks that are attached
+    later appear in the same tensor.
+    """
+    if isinstance(arena, MemfdArena):
+        return torch.frombuffer(arena.map(), dtype=torch.uint8)
+    return from_dlpack(arena.dlpack())

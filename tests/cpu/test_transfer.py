@@ -1,0 +1,377 @@
+"""Loads: right bytes or none, from any source, whatever strikes, within a bound."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import threading
+import time
+
+import pytest
+import torch
+
+from anchortp.errors import GroupAborted
+from anchortp.layout import FAMILIES, empty_shard, initial_layout
+from anchortp.transfer import queue as transfer_queue
+from anchortp.transfer import work
+from anchortp.transfer.checksum import sum_key
+from anchortp.transfer.executor import Loaded
+from anchortp.transfer.faulty import Fault
+from anchortp.transfer.queue import Failure
+from anchortp.transfer.work import HOST
+from tests.cpu.transfer_tools import Bench, moves_from
+from tests.tiny_model import write_model
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Several chunks and segments even in a tiny model; peers are given up soon."""
+    monkeypatch.setattr(work, "SEGMENT_BYTES", 2048)
+    monkeypatch.setattr(work, "CHUNK_BYTES", 8192)
+    monkeypatch.setattr(transfer_queue, "GRACE_S", {False: 0.1, True: 0.3})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("model"), dtype="bfloat16", tie_word_embeddings=False)
+
+
+@pytest.fixture
+def bench(folder):
+    bench = Bench(folder)
+    yield bench
+    bench.close()
+
+
+def whole(bench):
+    return initial_layout(bench.units, ["cpu:0"]).shards[0]
+
+
+def shuffled(bench, device="cpu:0", share=0.5, seed=1):
+    rng = random.Random(seed)
+    shard = empty_shard(device)
+    for family in FAMILIES:
+        total = bench.units.num_units[family]
+        shard = shard.appended(family, rng.sample(range(total), max(1, int(total * share))))
+    return shard
+
+
+def assert_same(bench, device, shard, fresh=True):
+    """Byte for byte what the plain loader writes, and nothing beside it."""
+    reference = bench.fill("reference", shard, fresh=fresh)
+    assert torch.equal(bench.arena(device), reference)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_a_load_writes_what_the_plain_loader_writes(tmp_path, dtype):
+    bench = Bench(write_model(tmp_path, dtype=dtype))
+    shard = shuffled(bench)
+    result = bench.run("cpu:0", shard)
+    assert isinstance(result, Loaded) and result.peer_bytes == 0 and result.rerouted == ()
+    weights = sum(len(shard[f]) * bench.units.unit_bytes[f] for f in FAMILIES)
+    assert result.num_bytes == weights + bench.units.replicated_bytes
+    assert result.links["host"][0] == result.num_bytes
+    assert_same(bench, "cpu:0", shard)
+    bench.close()
+
+
+def test_a_checkpoint_in_another_dtype_is_converted(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "m")
+    config = tmp_path / "m" / "config.json"
+    config.write_text(config.read_text().replace('"bfloat16"', '"float32"'))
+    bench = Bench(tmp_path / "m")
+    shard = shuffled(bench)
+    assert isinstance(bench.run("cpu:0", shard), Loaded)
+    assert_same(bench, "cpu:0", shard)
+    bench.close()
+
+
+def test_peers_and_host_together_and_the_sums_agree_whatever_the_way(bench):
+    shard = whole(bench)
+    first = bench.run("cpu:0", shard)
+    peers = {"cpu:1": shuffled(bench, "cpu:1", 0.5, 2), "cpu:2": shuffled(bench, "cpu:2", 0.4, 3)}
+    for device, held in peers.items():
+        bench.fill(device, held)
+    moves = moves_from(bench, "cpu:3", shard, peers)
+    second = bench.run("cpu:3", shard, moves=moves, expected=first.sums)
+    assert second.sums == first.sums and second.rerouted == ()
+    assert second.peer_bytes == sum(move.num_bytes for move in moves) > 0
+    assert set(second.links) == {"host", "cpu:1", "cpu:2"}
+    assert bench.num_closed == 2
+    assert_same(bench, "cpu:3", shard)
+
+
+def test_a_unit_in_parts_over_several_routes(bench):
+    shard = whole(bench)
+    first = bench.run("cpu:0", shard)
+    bench.fill("cpu:1", shard)
+    rng = random.Random(7)
+    moves = []
+    for move in moves_from(bench, "cpu:2", shard, {"cpu:1": shard}):
+        start = rng.randrange(move.num_bytes)
+        stop = rng.randrange(start, move.num_bytes) + 1
+        moves.append(work.replace(move, first_byte=start, num_bytes=stop - start))
+    result = bench.run("cpu:2", shard, moves=moves, expected=first.sums)
+    assert result.sums == first.sums and result.peer_bytes == sum(m.num_bytes for m in moves)
+    assert_same(bench, "cpu:2", shard)
+
+
+def test_a_relocation_within_the_device(bench):
+    held = empty_shard("cpu:0").appended("mlp", [3])
+    bench.fill("cpu:0", held)
+    (move,) = moves_from(bench, "cpu:0", held, {"cpu:0": held})
+    result = bench.run("cpu:0", held, before=held, moves=[work.replace(move, slot=1)], fresh=False)
+    assert isinstance(result, Loaded)
+    two = empty_shard("cpu:0").appended("mlp", [3, 3])
+    assert_same(bench, "cpu:0", two)
+
+
+# ---------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize("kind", ["slow", "hang", "error", "corrupt", "short", "gone"])
+@pytest.mark.parametrize("source", [HOST, "cpu:1"])
+@pytest.mark.parametrize("times", [1, 10**9], ids=["once", "always"])
+@pytest.mark.parametrize("share", [0.0, 0.37, 0.999])
+def test_whatever_strikes_a_source_at_any_byte(bench, kind, source, times, share):
+    """The bytes are right, or the load is refused with a reason; within a bound, and no thread stays behind."""
+    shard = shuffled(bench)
+    expected = bench.run("cpu:0", whole(bench)).sums
+    peer = shuffled(bench, "cpu:1", 0.6, 5)
+    bench.fill("cpu:1", peer)
+    moves = moves_from(bench, "cpu:2", shard, {"cpu:1": peer})
+    carried = sum(m.num_bytes for m in moves)
+    if source == HOST:
+        weights = sum(len(shard[f]) * bench.units.unit_bytes[f] for f in FAMILIES)
+        carried = weights + bench.units.replicated_bytes - carried
+    fault = Fault(kind=kind, at_byte=int(share * carried), times=times)
+    result = bench.run("cpu:2", shard, moves=moves, expected=expected, faults={source: fault})
+    assert bench.sources[source].fired >= 1, "the fault did not strike"
+    if source == HOST and times > 1 and kind != "slow":
+        assert isinstance(result, Failure) and result.reason
+        return
+    assert isinstance(result, Loaded), result
+    assert_same(bench, "cpu:2", shard)
+    if times > 1 and kind != "slow":
+        assert result.rerouted and "cpu:1" in result.rerouted[0]
+
+
+def test_a_peer_that_rots_is_read_from_the_host(bench):
+    """A device that is dying overwrites what it had while it is copied."""
+    shard = whole(bench)
+    expected = bench.run("cpu:0", shard).sums
+    bench.fill("cpu:1", shard).fill_(0xFF)
+    moves = moves_from(bench, "cpu:2", shard, {"cpu:1": shard})
+    result = bench.run("cpu:2", shard, moves=moves, expected=expected)
+    assert isinstance(result, Loaded) and result.peer_bytes == 0
+    assert "not those that were loaded first" in result.rerouted[0]
+    assert_same(bench, "cpu:2", shard)
+
+
+def test_a_peer_whose_anchor_is_gone_is_not_believed_even_without_sums(bench):
+    shard = whole(bench)
+    bench.fill("cpu:1", shard)
+    bench.gone.add("cpu:1")
+    moves = moves_from(bench, "cpu:2", shard, {"cpu:1": shard})
+    result = bench.run("cpu:2", shard, moves=moves)
+    assert isinstance(result, Loaded) and result.peer_bytes == 0
+    assert_same(bench, "cpu:2", shard)
+
+
+@pytest.fixture
+def own_folder(folder, tmp_path):
+    return shutil.copytree(folder, tmp_path / "model")
+
+
+def test_a_file_that_is_cut_off_while_it_is_served(own_folder):
+    bench = Bench(own_folder)
+    path = own_folder / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 4096 * 3)
+    result = bench.run("cpu:0", whole(bench))
+    assert isinstance(result, Failure)
+    assert "Download the model again" in result.reason or "too early" in result.reason
+    bench.close()
+
+
+def test_a_file_that_changes_on_disk_is_found_by_its_sums(own_folder):
+    bench = Bench(own_folder)
+    shard = whole(bench)
+    expected = bench.run("cpu:0", shard).sums
+    flip_last_byte(own_folder)
+    result = bench.run("cpu:1", shard, expected=expected)
+    assert isinstance(result, Failure) and "changed on disk" in result.reason
+    bench.close()
+
+
+def test_a_file_that_changes_on_disk_is_found_without_sums_too(own_folder):
+    bench = Bench(own_folder)
+    flip_last_byte(own_folder)
+    result = bench.run("cpu:1", whole(bench))
+    assert isinstance(result, Failure) and "was written to" in result.reason
+    bench.close()
+
+
+def flip_last_byte(folder):
+    path = folder / "model.safetensors"
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        (byte,) = file.read(1)
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([byte ^ 0x10]))
+    status = path.stat()
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
+
+
+def test_a_source_that_never_returns_ends_the_load_and_is_reported(bench, monkeypatch):
+    """A read that the kernel does not give back: nobody can write these bytes safely, so the load is refused."""
+    from anchortp.transfer import executor
+
+    monkeypatch.setattr(executor, "STUCK_S", 0.3)
+    bench.fill("cpu:1", whole(bench))
+    release = threading.Event()
+    load, results = bench.load(
+        "cpu:2", whole(bench), moves=moves_from(bench, "cpu:2", whole(bench), {"cpu:1": whole(bench)})
+    )
+    opened = load._hooks.open_source
+
+    def stuck(name):
+        source = opened(name)
+        if name == "cpu:1":
+            source.read = lambda chunk, out, stopped: release.wait(30)
+        return source
+
+    object.__setattr__(load._hooks, "open_source", stuck)
+    load.start()
+    result = results.get(timeout=20)
+    assert isinstance(result, Failure) and "hangs" in result.reason and result.device == "cpu:1"
+    release.set()
+    load.cancel()
+
+
+# --------------------------------------------------------------------------------- layers, cancelling, pacing
+
+
+def gate_of(load):
+    """Which positions a forward pass could use now, asked without waiting."""
+
+    class NotYet(Exception):
+        pass
+
+    def refuse():
+        raise NotYet
+
+    def ready(position):
+        try:
+            load.wait(position, refuse, 1)
+        except NotYet:
+            return False
+        return True
+
+    return ready
+
+
+def test_a_layer_is_ready_when_its_bytes_are_there_and_not_before(bench):
+    """The load is held before each chunk in turn; what `wait` lets through has every byte."""
+    shard = whole(bench)
+    reference = bench.fill("reference", shard)
+    turn, go = threading.Semaphore(0), threading.Semaphore(0)
+
+    def hold():
+        turn.release()
+        assert go.acquire(timeout=30)
+
+    load, results = bench.load("cpu:0", shard, hooks={"before_chunk": hold}, num_movers=1)
+    ready = gate_of(load)
+    load.start()
+    num_chunks, seen = len(load._queue.chunks), []
+    for _ in range(num_chunks):
+        assert turn.acquire(timeout=30)
+        upto = max((p for p in range(bench.geometry.num_positions) if ready(p)), default=-1)
+        seen.append(upto)
+        for chunk in load._queue.chunks:
+            if chunk.position <= upto:
+                here = bench.arena("cpu:0")[chunk.start : chunk.stop]
+                assert torch.equal(here, reference[chunk.start : chunk.stop])
+        go.release()
+    assert isinstance(results.get(timeout=30), Loaded)
+    assert seen == sorted(seen) and {-1, 0, 1, 2, 3} <= set(seen), "layers became ready one after another"
+    assert load.is_whole and all(ready(p) for p in range(bench.geometry.num_positions))
+    load.cancel()
+
+
+def test_whoever_waits_for_a_layer_is_told_when_the_load_fails(bench):
+    fault = Fault(kind="error", at_byte=0, times=10**9)
+    load, results = bench.load("cpu:0", whole(bench), faults={HOST: fault})
+    load.start()
+    with pytest.raises(GroupAborted, match="did not arrive"):
+        load.wait(2, lambda: None, 7)
+    assert isinstance(results.get(timeout=30), Failure)
+    load.cancel()
+
+
+def test_cancel_stops_promptly_and_nothing_is_written_afterwards(bench):
+    fault = Fault(kind="hang", at_byte=50_000, times=10**9)
+    load, results = bench.load("cpu:0", whole(bench), faults={HOST: fault})
+    told = []
+
+    def wait():
+        try:
+            load.wait(3, lambda: None, 1)
+        except GroupAborted as error:
+            told.append(error)
+
+    waiting = threading.Thread(target=wait)
+    load.start()
+    waiting.start()
+    while not (bench.sources.get(HOST) and bench.sources[HOST].fired):
+        assert load._watcher.is_alive()
+        time.sleep(0.001)
+    began_s = time.monotonic()
+    load.cancel()
+    assert time.monotonic() - began_s < 2.0
+    waiting.join(timeout=5)
+    assert not waiting.is_alive() and len(told) == 1
+    before = bench.arena("cpu:0").clone()
+    assert results.empty(), "a load that was cancelled is not answered"
+    assert not [t for t in threading.enumerate() if t.name.startswith("load")]
+    assert torch.equal(before, bench.arena("cpu:0"))
+
+
+def test_pace_bounds_the_share_of_time_in_which_bytes_move(bench):
+    moving = []
+
+    def note():
+        moving.append(time.monotonic())
+
+    load, results = bench.load("cpu:0", whole(bench), hooks={"before_chunk": note}, pace=0.25)
+    began_s = time.monotonic()
+    load.start()
+    assert isinstance(results.get(timeout=60), Loaded)
+    took_s = time.monotonic() - began_s
+    busy_s = sum(size / rate for size, rate in load._queue.links(time.monotonic()).values())
+    assert busy_s <= 0.5 * took_s
+    load.cancel()
+
+
+def test_sums_name_every_unit(bench):
+    shard = shuffled(bench)
+    sums = bench.run("cpu:0", shard).sums
+    units = {sum_key(f, unit) for f in FAMILIES for unit in shard[f]}
+    assert set(sums) == units | {sum_key("replicated", 0)}
+    assert all(len(value) == 16 * bench.geometry.num_segments(*_key(key)) for key, value in sums.items())
+
+
+def _key(key):
+    family, unit = key.split(":")
+    return family, int(unit)
+
+
+def test_progress_counts_up_to_the_end(bench):
+    seen = []
+    load, results = bench.load("cpu:0", whole(bench), hooks={"on_progress": seen.append})
+    load.start()
+    result = results.get(timeout=30)
+    load.cancel()
+    assert seen and all(p.total_bytes == result.num_bytes for p in seen)
+    assert [p.num_bytes for p in seen] == sorted(p.num_bytes for p in seen)

@@ -1,0 +1,101 @@
+"""Mixtures of experts through faults: every stream says what one device alone would have said."""
+
+from __future__ import annotations
+
+import pytest
+
+from anchortp.engine.faults import Strike
+from anchortp.layout import EXPERT
+from tests.procs.engine_tools import nothing_left, prompt_of, running_engine
+from tests.tiny_model import write_model
+
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 48}
+QWEN3_MOE = {
+    "model_type": "qwen3_moe",
+    "num_experts": 12,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 16,
+    "norm_topk_prob": True,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("moe")
+    models = {"mixtral": MIXTRAL, "qwen3_moe": QWEN3_MOE}
+    return {name: write_model(root / name, **raw) for name, raw in models.items()}
+
+
+@pytest.mark.parametrize(("name", "expert_cut"), [("mixtral", "experts"), ("qwen3_moe", "columns")])
+def test_devices_lost_while_streams_speak(folders, name, expert_cut):
+    """Two of four devices, one after the other, and a worker that crashes in between."""
+    strikes = (
+        Strike(device="cpu:3", point="decode", nth=20, kind="lost"),
+        Strike(device="cpu:0", point="decode", nth=40, kind="crash"),
+        Strike(device="cpu:1", point="collective", nth=400, kind="lost"),
+    )
+    with running_engine(folders[name], 4, strikes, expert_cut=expert_cut) as driver:
+        for stream in driver.speak(3, 100):
+            stream.check()
+        driver.check_fired()
+        episodes = driver.wait_recovered(4)
+        assert sorted(device for e in episodes for device in e["devices_lost"]) == ["cpu:1", "cpu:3"]
+        for episode in episodes[1:]:
+            moved = episode["bytes"]
+            assert moved["loaded"] == moved["lost"] + moved["replica"] and moved["copied"] == 0
+        devices = driver.engine.status()["devices"].values()
+        if expert_cut == "experts":
+            assert [device["expert_units"] for device in devices] == [5, 5]
+        else:
+            assert sum(device["mlp_units"] for device in devices) == 16 // 2
+
+
+def test_a_restart_attaches_to_experts_that_are_cut_alike(folders):
+    with nothing_left() as runtime_dir:
+        with running_engine(folders["mixtral"], 3, runtime_dir=runtime_dir, keep_anchors=True) as driver:
+            driver.submit(prompt_of(1), 20).check()
+        with running_engine(folders["mixtral"], 3, runtime_dir=runtime_dir, keep_anchors=True) as driver:
+            assert driver.episodes[0]["bytes"]["loaded"] == 0
+            driver.submit(prompt_of(2), 20).check()
+        with running_engine(folders["mixtral"], 3, runtime_dir=runtime_dir, expert_cut="columns") as driver:
+            assert driver.episodes[0]["bytes"]["loaded"] > 0, "columns in an arena of whole experts"
+            driver.submit(prompt_of(3), 20).check()
+
+
+def wait_balanced(driver, num_changes: int) -> dict:
+    """Keeps the engine speaking until experts were rebalanced so often and the change is made."""
+
+    def done() -> bool:
+        status = driver.engine.status()
+        ended = all(change["outcome"] for change in status["changes"])
+        return ended and status["experts"].get("rebalanced", 0) >= num_changes
+
+    while not done():
+        driver.submit(prompt_of(1), 150).check()
+    return driver.engine.status()
+
+
+def test_hot_experts_get_replicas_while_streams_speak_and_what_has_one_is_not_loaded_again(folders):
+    with running_engine(folders["mixtral"], 3, eplb_interval_s=0.2) as driver:
+        status = wait_balanced(driver, 1)
+        experts = status["experts"]
+        assert experts["replicas"] > 0 and experts["imbalance"] < experts["first_imbalance"]
+        assert any(change["outcome"] == "serving" and change["bytes"]["copied"] > 0 for change in status["changes"])
+        streams = driver.speak(3, 150)
+        held = {shard.device: set(shard[EXPERT]) for shard in driver.engine.recovery.layout.shards}
+        lost = "cpu:1"
+        alone = held[lost] - held["cpu:0"] - held["cpu:2"]
+        unit_bytes = driver.engine.units.unit_bytes
+        recovered = len(driver.episodes)
+        driver.inject(lost, "lost")
+        for stream in streams:
+            stream.check()
+        driver.wait_recovered(recovered + 1)
+        (fault,) = driver.engine.status()["faults"]
+        others = {f: driver.engine.units.num_units[f] for f in ("attention", "vocab")}
+        assert len(alone) < len(held[lost]), "some experts of the lost device have a replica elsewhere"
+        rest = fault["bytes"]["lost"] - len(alone) * unit_bytes[EXPERT]
+        most = sum(unit_bytes[f] * (count // 3 + 1) for f, count in others.items()) + 2 * unit_bytes["kv"]
+        assert 0 <= rest <= most, "what is lost of the experts is what had no replica"
+        assert fault["bytes"]["loaded"] <= fault["bytes"]["lost"] + fault["bytes"]["replica"]
+        driver.submit(prompt_of(5), 40).check()
