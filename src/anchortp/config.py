@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,6 +87,7 @@ class ModelConfig:
     dtype: DType
     eos_token_ids: tuple[int, ...] = ()
     moe: MoEConfig | None = None
+    panels: bool = False  # column-parallel weights lie in the arena in panels (`layout.units`)
 
     @property
     def q_heads_per_kv(self) -> int:
@@ -328,6 +329,7 @@ def resolve_engine_config(
     runtime_dir: str | Path,
     devices: tuple[str, ...],
     dtype: str = "auto",
+    weights: str = "auto",
     expert_cut: str = "experts",
     device_memory_bytes: int | None = None,
     max_model_len: int | None = None,
@@ -342,6 +344,7 @@ def resolve_engine_config(
 ) -> EngineConfig:
     """Resolves what was left open from the model and this machine, and freezes it.
 
+    `weights`: "plain", or "auto", packed where that is known to be what the CPU's matmul reads fastest.
     `device_memory_bytes`: an equal share of 80 % of the memory that is free now. `max_model_len`: the model's,
     but at most 8192. `kv_tokens`: every sequence at full length. `kv_mirror`: "host" or "off"; `kv_mirror_bytes`:
     room for the whole KV cache, but at most a tenth of the free memory. `expert_cut`: see `MoEConfig.cut`.
@@ -352,6 +355,10 @@ def resolve_engine_config(
     parsed = check_engine_devices(devices)
     if parsed[0].kind == "cuda" and device_memory_bytes is None:
         raise ConfigError("devices on GPUs need a budget; give each one with --device-memory, as 20G.")
+    if weights not in ("auto", "plain"):
+        raise ConfigError(f"weights is {weights!r}; choose 'auto' or 'plain'.")
+    if weights == "auto" and model.dtype == "bfloat16" and parsed[0].kind != "cuda" and reads_panels():
+        model = replace(model, panels=True)
     max_model_len = max_model_len or min(model.max_position, 8192)
     if not 2 <= max_model_len <= model.max_position:
         raise ConfigError(f"max_model_len is {max_model_len}; this model takes from 2 to {model.max_position} tokens.")
@@ -391,6 +398,16 @@ def _resolve_collectives(collectives: str, devices: tuple[Device, ...]) -> str:
         choices = ", ".join(name for name in fitting if not (share and name == "nccl"))
         raise ConfigError(f"collectives {collectives!r}: {why}; choose auto, or one of {choices}.")
     return collectives
+
+
+def reads_panels() -> bool:
+    """Whether this CPU is one on which oneDNN's bfloat16 weights are known to come in the panels of `layout.units`."""
+    flags: set[str] = set()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("flags"):
+            flags = set(line.split())
+            break
+    return "avx512_bf16" in flags and "amx_bf16" not in flags
 
 
 def _mirror_slots(model: ModelConfig, kv_mirror: str, num_bytes: int | None, block_size: int, kv_blocks: int) -> int:

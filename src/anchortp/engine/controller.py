@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,7 @@ class ElasticEngine:
         self._region: ShmRegion | None = None
         self._ranks: tuple[str, ...] = ()
         self._answer: m.StepDone | None = None
+        self._outputs: list[TokenOutput] = []  # not delivered yet
         self._events: deque[ev.Event] = deque()
         self._handling = False
         self._suspects: Counter[str] = Counter()
@@ -214,6 +215,7 @@ class ElasticEngine:
                 if self.recovery.phase == SERVING and self.scheduler.has_work():
                     self.step()
                 else:
+                    self._deliver()
                     self._write_record()
                     self._publish_if_due()
                     self._pump(self._idle_timeout())
@@ -225,22 +227,25 @@ class ElasticEngine:
             self._close()
 
     def step(self) -> None:
-        """One step: schedule, run, postprocess."""
+        """One step: schedule, run, postprocess.
+
+        What the last step made is put out while the workers compute: they wait for nothing but the schedule.
+        """
         batch = self.scheduler.schedule()
-        self._deliver(self.scheduler.take_failures())
+        self._outputs += self.scheduler.take_failures()
         if batch is None:
+            self._deliver()
             return
         try:
             answer = self._run(batch)
         except _StepCut:
             return
-        self._deliver(self.scheduler.postprocess(batch, answer.sampled, self.config.model.eos_token_ids))
+        self._outputs += self.scheduler.postprocess(batch, answer.sampled, self.config.model.eos_token_ids)
         self._keeper.save_sealed(self.recovery.layout, self.recovery.epoch)
-        self._write_record()
         self._rebalance_if_due()
-        if self.scheduler.has_work():
-            self._publish_if_due()
-        else:
+        if not self.scheduler.has_work():
+            self._deliver()
+            self._write_record()
             self._publish()  # what an idle engine shows is how its last step left it
 
     def _run(self, batch: Batch) -> m.StepDone:
@@ -253,6 +258,10 @@ class ElasticEngine:
         message = m.RunStep(epoch=epoch, batch=batch)
         for device in self._ranks:
             self._send(device, message)
+        if self._outputs:
+            self._deliver()
+            self._write_record()
+        self._publish_if_due()
         while True:
             self._pump(min(deadline_s - time.monotonic(), 1.0))
             if self.recovery.epoch != epoch or self.recovery.phase != SERVING or self._stopping.is_set():
@@ -297,7 +306,9 @@ class ElasticEngine:
                 self._deliver([_failed(seq.request_id, error)])
                 del self._suspects[seq.request_id]
 
-    def _deliver(self, outputs: list[TokenOutput]) -> None:
+    def _deliver(self, more: Iterable[TokenOutput] = ()) -> None:
+        """Puts out what the last step made, and `more` after it."""
+        outputs, self._outputs = [*self._outputs, *more], []
         for output in outputs:
             self._counters["generated_tokens"] += len(output.tokens)
             sink = self._sinks.get(output.request_id)
@@ -556,6 +567,7 @@ class ElasticEngine:
                 runtime_dir=config.runtime_dir,
                 model_folder=config.model_folder,
                 dtype=config.model.dtype,
+                panels=config.model.panels,
                 expert_cut=config.model.expert_cut,
                 max_model_len=config.max_model_len,
                 max_batch_tokens=config.max_batch_tokens,

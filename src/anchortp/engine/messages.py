@@ -31,6 +31,7 @@ class Assign(_Message):
     runtime_dir: str
     model_folder: str
     dtype: str
+    panels: bool
     expert_cut: str
     max_model_len: int
     max_batch_tokens: int

@@ -170,7 +170,9 @@ class WorkerPool:
         with theirs, Path(self._runtime_dir, "workers.log").open("ab") as log:
             command = [sys.executable, "-m", "anchortp.engine.zygote"]
             command += ["--fd", str(theirs.fileno()), "--controller", str(os.getpid())]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            # Threads that wait sleep: one that spins keeps the core from what it waits for wherever there is more to
+            # run than cores, and a step then takes a hundred times as long.
+            environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": "1"}
             self._zygote = subprocess.Popen(
                 command,
                 pass_fds=(theirs.fileno(),),

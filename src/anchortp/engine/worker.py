@@ -14,7 +14,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -49,7 +49,7 @@ from anchortp.layout import (
     model_units,
     shard_from_dict,
 )
-from anchortp.model import Decoder, ForwardBatch, KVCache, WeightViews
+from anchortp.model import Decoder, ForwardBatch, KVCache, WeightViews, check_weights, panels
 from anchortp.model.decoder import Gate
 from anchortp.plan.plan import FromHost, FromPeer, Move
 from anchortp.recovery.change import arrangement
@@ -98,7 +98,7 @@ def _warm_up_gpu(index: int) -> None:
     try:
         accelerator = Accelerator.of(Device(kind="cuda", index=index))
         with accelerator.placing():
-            warm_up()
+            _touch_kernels()
         accelerator.synchronize()
     except Exception:
         # A GPU that is lost must not cost the others their spares. If it is not, its worker finds out as it attaches.
@@ -106,7 +106,13 @@ def _warm_up_gpu(index: int) -> None:
 
 
 def warm_up() -> None:
-    """[zygote, spare] Touches what the first step would otherwise pay for: kernels, and torch's lazy tables."""
+    """[zygote] Touches what the first step would otherwise pay for: kernels, and torch's lazy tables."""
+    panels.warm_up()
+    _touch_kernels()
+
+
+def _touch_kernels() -> None:
+    """On the device that is torch's default now."""
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             x, w = torch.ones(8, 64, dtype=dtype), torch.ones(64, 64, dtype=dtype)
@@ -196,7 +202,7 @@ class Worker:
     def _attach(self, order: m.Assign) -> None:
         torch.set_num_threads(order.num_threads)
         # One Hugging Face folder, several ways to serve it: the order says what the arenas hold.
-        config = load_model_config(order.model_folder, order.dtype, order.expert_cut)
+        config = replace(load_model_config(order.model_folder, order.dtype, order.expert_cut), panels=order.panels)
         units = model_units(config)
         device = parse_device(order.device)
         anchor = self._anchor = _connect_anchor(order)
@@ -349,6 +355,7 @@ class Worker:
         a = self._assigned()
         if name == HOST_SOURCE:
             if self._checkpoint is None:
+                check_weights(a.units)
                 self._checkpoint = Checkpoint.open(Path(a.order.model_folder), a.units)
             source: Source = HostSource(self._checkpoint, self._packed)
             if a.accelerator.open_driver is not None:
