@@ -31,5 +31,7 @@ def test_a_device_that_takes_bytes_in_slowly_is_planned_for():
         return predict(plan, problem.network).makespan_s, plan.bytes_by_device()["cpu:0"]
 
     fast_s, fast = load_s(Rates(measured={}))
-    slow_s, slow = load_s(Rates(measured={}).fold("cpu:0", {"host": (1 << 30, 2e8)}))
+    slow_s, slow = load_s(
+        Rates(measured={}).fold("cpu:0", {"host": (1 << 30, 2e8)}).fold("cpu:2", {"host": (1 << 30, 2e9)})
+    )
     assert slow < fast and slow_s > fast_s, "the odd units go to the others"

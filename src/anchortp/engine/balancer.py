@@ -13,7 +13,7 @@ import numpy as np
 
 from anchortp.eplb import Limits, LoadWindow, Placement, Rebalance, decide, device_times, placement_of
 from anchortp.eplb.stages import Stage
-from anchortp.layout import EXPERT, Layout, ModelUnits, Part, Shard
+from anchortp.layout import EXPERT, Layout, ModelUnits, Part
 from anchortp.plan import FromHost, FromPeer, Move, Plan
 
 MAX_BYTES = 256 << 20  # copied by one change, so that the next one sees how the load is by then
@@ -103,29 +103,16 @@ class ExpertBalancer:
 
 
 def plan_of(stage: Stage, layout: Layout, units: ModelUnits, reason: str) -> Plan:
-    """The copies of one stage as moves into slots that are free, and its drops as the layout that remains."""
+    """The copies of one stage as moves, and its drops as what the layout after it lacks."""
     after, moves, size = layout, [], units.unit_bytes[EXPERT]
     for copy in stage.copies:
-        shard = after[copy.device]
-        source = (
-            FromHost()
-            if copy.source is None
-            else FromPeer(device=copy.source, slot=layout[copy.source][EXPERT].index(copy.unit))
-        )
+        shard, source = after[copy.device], FromHost()
+        if copy.source is not None:
+            source = FromPeer(device=copy.source, slot=layout[copy.source][EXPERT].index(copy.unit))
         slot = len(shard[EXPERT])
         moves.append(Move(device=copy.device, family=EXPERT, unit=copy.unit, slot=slot, source=source, num_bytes=size))
         after = after.with_shard(shard.appended(EXPERT, (copy.unit,)))
-    for shard in after.shards:
-        gone = {drop.unit for drop in stage.drops if drop.device == shard.device}
-        if gone:
-            after = after.with_shard(_without(shard, gone))
+    for drop in stage.drops:
+        shard = after[drop.device]
+        after = after.with_shard(shard.replaced(EXPERT, (unit for unit in shard[EXPERT] if unit != drop.unit)))
     return Plan(before=layout, after=after, moves=tuple(moves), lost_bytes=0, reasons=(reason,), policy="eplb")
-
-
-def _without(shard: Shard, gone: set[int]) -> Shard:
-    """The experts in the last slots take the places of those that go, so that the fewest move."""
-    units = list(shard[EXPERT])
-    keep = len(units) - len(gone)
-    tail = [unit for unit in units[keep:] if unit not in gone]
-    dense = [tail.pop(0) if unit in gone else unit for unit in units[:keep]]
-    return shard.replaced(EXPERT, dense)

@@ -7,10 +7,11 @@ switch begins to move what is in use (`Arrange`), a change can be called off wit
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from anchortp.layout import EVERY_FAMILY, Layout, Shard, empty_shard
-from anchortp.plan import Move, Plan
+from anchortp.layout import EVERY_FAMILY, EXPERT, KV, Layout, Shard, empty_shard
+from anchortp.plan import FromHost, Move, Plan
 from anchortp.recovery.devices import Device
 from anchortp.recovery.events import Change
 from anchortp.recovery.story import Episode
@@ -34,8 +35,7 @@ class PlannedChange:
     episode: Episode
     joining: dict[str, Device]
     step: str = ATTACHING
-    plan: Plan | None = None
-    ticket: int = 0
+    staging: Staging | None = None
     waiting: set[str] = field(default_factory=set)
     deadline_s: float | None = None
 
@@ -46,36 +46,92 @@ class PlannedChange:
         self.episode.phases.append((step, now_s))
 
 
-def loads_of(plan: Plan) -> tuple[Move, ...]:
-    """The moves that bring bytes to a device from elsewhere. The others only close up slots, see `Arrange`."""
-    loads = tuple(move for move in plan.moves if not move.is_relocation)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Staging:
+    """How a plan is carried out on what is really there.
+
+    A plan says which units go where from where; the slots are ours. `loads`: per device the moves that bring it
+    something, into slots behind those in use. `staged`: what all devices hold when everything has arrived and nothing
+    has been given up, those that are to leave included. `target`: what the group holds then.
+    """
+
+    loads: Mapping[str, tuple[Move, ...]]
+    staged: Layout
+    target: Layout
+
+    @property
+    def gives_up(self) -> bool:
+        return self.staged != self.target
+
+
+def stage(plan: Plan, held: Layout) -> Staging:
+    """`held`: the shards of all devices that are left. It may have units twice of which `plan` knows one place: where
+    a recovery that passed units on was cut short."""
+    loads, staged = {}, held
+    for after in plan.after.shards:
+        shard = held[after.device] if after.device in held.devices else empty_shard(after.device)
+        moves = []
+        for move in sorted(_loads_of(plan, after.device), key=lambda m: (m.family, m.slot)):
+            slot = len(shard[move.family]) if move.family in EVERY_FAMILY else 0
+            moves += _from_real_slots(replace(move, slot=slot), held)
+            if move.family in EVERY_FAMILY:
+                shard = shard.appended(move.family, range(move.unit, move.unit + move.num_units))
+        loads[after.device] = tuple(moves)
+        staged = staged.with_shard(shard)
+    target = Layout(shards=tuple(_closed_up(staged[after.device], after) for after in plan.after.shards))
+    return Staging(loads=loads, staged=staged, target=target)
+
+
+def _loads_of(plan: Plan, device: str) -> list[Move]:
+    loads = [move for move in plan.moves if move.device == device and not move.is_relocation]
     assert all(move.stage == 0 for move in loads), "the engine reserves everything first and loads in one stage"
+    assert all(move.first_byte == 0 for move in loads), "units come whole"
     return loads
 
 
-def staged_layout(plan: Plan, held: Layout) -> Layout:
-    """What all devices hold, in slots, when everything has arrived and nothing has been given up.
+def _from_real_slots(move: Move, held: Layout) -> Iterator[Move]:
+    """The move, in as many runs as its units have in the slots of a peer."""
+    if isinstance(move.source, FromHost) or move.family not in EVERY_FAMILY:
+        yield move
+        return
+    there, size = held[move.source.device][move.family], move.num_bytes // move.num_units
+    slots = [there.index(move.unit + i) for i in range(move.num_units)]
+    begin = 0
+    for end in range(1, move.num_units + 1):
+        if end == move.num_units or slots[end] != slots[begin] + end - begin:
+            yield replace(
+                move,
+                unit=move.unit + begin,
+                slot=move.slot + begin,
+                num_units=end - begin,
+                num_bytes=(end - begin) * size,
+                source=replace(move.source, slot=slots[begin]),
+            )
+            begin = end
 
-    `held`: the shards of all devices that are left, those that are to leave included.
-    """
-    staged = held
-    for device in plan.after.devices:
-        shard = held[device] if device in held.devices else empty_shard(device)
-        staged = staged.with_shard(_with_arrivals(plan, shard))
+
+def _closed_up(staged: Shard, wanted: Shard) -> Shard:
+    """The units of `wanted` in slots: where they are, and those in the last slots in place of what goes."""
+    for family in EVERY_FAMILY:
+        keep, units = set(wanted[family]), list(staged[family])
+        assert keep <= set(units), f"{staged.device}: {family} units that never arrived"
+        tail = [unit for unit in units[len(keep) :] if unit in keep]
+        dense = [unit if unit in keep else tail.pop(0) for unit in units[: len(keep)]]
+        staged = staged.replaced(family, dense)
     return staged
 
 
-def _with_arrivals(plan: Plan, shard: Shard) -> Shard:
-    arrivals: dict[str, dict[int, int]] = {}
-    for move in loads_of(plan):
-        if move.device == shard.device and move.family in EVERY_FAMILY:
-            slots = arrivals.setdefault(move.family, {})
-            slots |= {move.slot + i: move.unit + i for i in range(move.num_units)}
-    for family, slots in arrivals.items():
-        first = len(shard[family])
-        assert sorted(slots) == list(range(first, first + len(slots))), f"{shard.device}: {family} leaves a gap"
-        shard = shard.appended(family, (slots[slot] for slot in sorted(slots)))
-    return shard
+def distinct(held: Layout) -> Layout:
+    """Without second copies of units that have one holder. A recovery that was cut short while it passed units on
+    leaves some; who has fewer units keeps them."""
+    for family in EVERY_FAMILY:
+        if family in (KV, EXPERT):
+            continue
+        seen: set[int] = set()
+        for shard in sorted(held.shards, key=lambda s: len(s[family])):
+            held = held.with_shard(shard.replaced(family, (unit for unit in shard[family] if unit not in seen)))
+            seen |= set(shard[family])
+    return held
 
 
 def arrangement(staged: Shard, final: Shard) -> tuple[tuple[str, int, int], ...]:

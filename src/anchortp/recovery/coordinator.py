@@ -31,7 +31,7 @@ from typing import Any
 
 from anchortp.errors import ConfigError, DoesNotFit
 from anchortp.layout import ATTENTION, KV, Layout, ModelUnits, Shard, check_devices, empty_shard
-from anchortp.plan import POLICIES, Move, Plan, Problem, Rates, Topology, fill_plan
+from anchortp.plan import POLICIES, Move, Plan, Rates, Topology, fill_plan, plan_change
 from anchortp.recovery import change as ch
 from anchortp.recovery.change import PlannedChange
 from anchortp.recovery.devices import Device, fitting_kv_blocks
@@ -148,9 +148,7 @@ class Coordinator:
         self._orders: dict[int, _Order] = {}  # by ticket; the answers that would be facts
         self._loading: set[str] = set()  # devices that the present layout still waits for
         self._unreadable: set[str] = set()  # devices that could not be copied from, in this recovery
-        self._plan_made: Plan | None = None
-        self._target: Layout | None = None
-        self._staged: Layout | None = None  # the target, and what is still held beside it
+        self._staging: ch.Staging | None = None  # how the present plan is carried out
         self._kv = KVState.lost
         self._copies: set[tuple[str, int, str]] = set()  # (from, KV head, to): planes copied in this episode
         self._restore_failed = False  # in this epoch
@@ -414,12 +412,13 @@ class Coordinator:
     def _on_restored(self, event: Restored) -> None:
         """Good for as long as the engine does not serve: nobody writes to the cache in the meantime."""
         device = self._find(event.device)
-        if device is None or self._target is None or event.device not in self._target.devices:
+        target = self._staging.target if self._staging is not None else Layout(shards=())
+        if device is None or event.device not in target.devices:
             return
         self._recovery.kv_copied_bytes += event.copied_bytes
         self._recovery.kv_restored_bytes += event.restored_bytes
         if event.ok:
-            device.planes |= frozenset(self._target[event.device][KV])
+            device.planes |= frozenset(target[event.device][KV])
         else:
             self._say(f"{event.device} could not restore its KV planes")
             self._restore_failed |= event.epoch == self.epoch
@@ -518,22 +517,21 @@ class Coordinator:
         for device in self._devices.values():
             device.planes &= frozenset(device.shard[KV])  # a plane whose KV head has not arrived has no place either
         if self._change is not None and self._change.step == ch.SWITCHING:
-            self._use_plan_of_change()
+            self._staging = self._change.staging
+            self._find_kv_sources()
+            self._restore()
             return
         try:
-            plan = self._make_plan()
-            staged = ch.staged_layout(plan, self.layout)
-            blocks = self._fitting_kv_blocks(staged)
+            plan, self._staging, blocks = self._make_plan()
         except DoesNotFit as error:
             self._refuse(str(error))
             return
         self._count_missing(plan)
-        self._plan_made, self._target, self._staged = plan, plan.after, staged
         self._find_kv_sources()
         before, self.num_kv_blocks = self.num_kv_blocks, blocks
         if blocks < before:
             self._say(f"KV cache shrinks from {before} to {blocks} blocks to make room for weights")
-        if not ch.loads_of(plan) and blocks == before and not self._any_fresh():
+        if not any(self._staging.loads.values()) and blocks == before and not self._any_fresh():
             self._restore()
         elif blocks < before and self._kv is not KVState.lost:
             holders = tuple(name for name, device in self._devices.items() if device.planes)
@@ -550,44 +548,42 @@ class Coordinator:
             self._say(reason)
 
     def _reserve(self) -> None:
-        assert self._staged is not None
+        assert self._staging is not None
         self._enter(RESERVING)
         self._ticket += 1
         self._do(
             Reserve(
                 epoch=self.epoch,
                 ticket=self._ticket,
-                staged=self._staged,
+                staged=self._staging.staged,
                 num_kv_blocks=self.num_kv_blocks,
                 fresh=tuple(name for name, device in self._devices.items() if device.fresh),
             )
         )
 
     def _load(self) -> None:
-        assert self._plan_made is not None and self._staged is not None
-        self._order_loads(self._plan_made, self._staged, self._devices, background=False)
+        assert self._staging is not None
+        self._order_loads(self._staging, self._devices, background=False)
         if self.episodes[0].ended_s is not None and self.config.pipelined:
             self._restore()
         else:
             self._wait_for_loads(self._restore)
 
-    def _order_loads(
-        self, plan: Plan, staged: Layout, devices: Mapping[str, Device], *, background: bool
-    ) -> dict[str, int]:
+    def _order_loads(self, staging: ch.Staging, devices: Mapping[str, Device], *, background: bool) -> dict[str, int]:
         """Returns the bytes that each device is to get."""
-        moves = {name: tuple(m for m in ch.loads_of(plan) if m.device == name) for name in devices}
+        moves = {name: staging.loads.get(name, ()) for name in devices}
         wanted = {name: _num_bytes(moves[name]) for name in devices if moves[name] or devices[name].fresh}
         for name in wanted:
-            device = devices[name]
+            device, after = devices[name], staging.staged[name]
             self._ticket += 1
-            self._orders[self._ticket] = _Order(device=name, after=staged[name], fresh=device.fresh)
+            self._orders[self._ticket] = _Order(device=name, after=after, fresh=device.fresh)
             self._do(
                 Load(
                     device=name,
                     epoch=self.epoch,
                     ticket=self._ticket,
                     before=device.shard,
-                    after=staged[name],
+                    after=after,
                     fresh=device.fresh,
                     moves=moves[name],
                     background=background,
@@ -615,8 +611,8 @@ class Coordinator:
     def _wait_for_loads(self, then: Callable[[], None] | None = None) -> None:
         """Goes on to `then` (by default: to arrange) when all bytes are there, if it needs them."""
         then = then or self._arrange
-        gives_up = self._staged != self._target
-        if self._loading and (gives_up or then == self._restore):
+        assert self._staging is not None
+        if self._loading and (self._staging.gives_up or then == self._restore):
             self._enter(LOADING)
             self._after_loads = then
         else:
@@ -624,9 +620,9 @@ class Coordinator:
 
     def _new_planes(self) -> dict[str, tuple[PlaneSource, ...]]:
         """Per device the KV heads whose planes it lacks, and the first device that has them."""
-        assert self._target is not None
+        assert self._staging is not None
         result = {}
-        for shard in self._target.shards:
+        for shard in self._staging.target.shards:
             device = self._find(shard.device)
             assert device is not None
             missing = [head for head in shard[KV] if head not in device.planes]
@@ -652,20 +648,21 @@ class Coordinator:
 
     def _restore(self) -> None:
         """Planes that are new on a device are copied from one that has them, or from the mirror."""
-        assert self._staged is not None
+        assert self._staging is not None
         new = {} if self._kv is KVState.lost else self._new_planes()
         self._copies |= {(p.device, p.head, name) for name, planes in new.items() for p in planes if p.device}
         self._await(RESTORING, list(new), self.config.load_timeout_s, self._wait_for_loads)
         for name, planes in new.items():
-            self._do(Restore(device=name, epoch=self.epoch, planes=planes, layout=self._staged))
+            self._do(Restore(device=name, epoch=self.epoch, planes=planes, layout=self._staging.staged))
 
     def _arrange(self) -> None:
         """From here on the target holds: units that it does not name are given up, and their slots closed."""
-        assert self._target is not None and self._staged is not None
+        assert self._staging is not None
         if self._change is not None:
             self._commit_change()
-        moving = [shard.device for shard in self._target.shards if ch.arrangement(self._staged[shard.device], shard)]
-        for shard in self._target.shards:
+        staged, target = self._staging.staged, self._staging.target
+        moving = [shard.device for shard in target.shards if ch.arrangement(staged[shard.device], shard)]
+        for shard in target.shards:
             device = self._devices[shard.device]
             if shard.device in moving:
                 device.arranging = shard
@@ -674,32 +671,44 @@ class Coordinator:
                 device.planes &= frozenset(shard[KV])
         self._await(ARRANGING, moving, self.config.load_timeout_s, self._form)
         for name in moving:
-            before, after = self._staged[name], self._target[name]
-            self._do(Arrange(device=name, epoch=self.epoch, before=before, after=after))
+            self._do(Arrange(device=name, epoch=self.epoch, before=staged[name], after=target[name]))
 
-    def _make_plan(self) -> Plan:
+    def _make_plan(self) -> tuple[Plan, ch.Staging, int]:
+        """The plan after a fault or at a start, how it is carried out, and how many KV blocks fit beside it."""
         if not self._devices:
             raise DoesNotFit("no device is left; start anchors and serve again.")
         if all(not any(device.shard.slots) for device in self._devices.values()):
-            return fill_plan(self.units, self.members, self.speeds)
+            plan = fill_plan(self.units, self.members, self.speeds)
+            staging = ch.stage(plan, self.layout)
+            return plan, staging, self._fitting_kv_blocks(staging.staged)
         return self._plan_for(self.members, self.speeds)
 
-    def _plan_for(self, devices: tuple[str, ...], speeds: Mapping[str, float]) -> Plan:
-        """To the group of `devices`, from what is held now. Memory is checked with KV blocks, by the caller.
+    def _plan_for(self, devices: tuple[str, ...], speeds: Mapping[str, float]) -> tuple[Plan, ch.Staging, int]:
+        """To the group of `devices`, from what is held now. Where memory is short, `units` plans instead if that
+        leaves more for KV: nobody receives what somebody else still holds.
 
         Raises DoesNotFit, ConfigError.
         """
-        held = Layout(shards=tuple(d.shard for d in self._devices.values() if not d.fresh))
-        problem = Problem(
-            units=self.units,
-            before=held,
-            devices=devices,
-            topology=self._topology(tuple(dict.fromkeys((*held.devices, *devices)))),
-            speeds=dict(speeds) or None,
-            relays=False,
-            parts=False,
-        )
-        return POLICIES[self.config.policy](problem)
+        held = ch.distinct(Layout(shards=tuple(d.shard for d in self._devices.values() if not d.fresh)))
+        topology = self._topology(tuple(dict.fromkeys((*held.devices, *devices))))
+
+        def attempt(policy: str) -> tuple[Plan, ch.Staging, int]:
+            plan = plan_change(
+                self.units, held, devices, topology=topology, policy=POLICIES[policy], speeds=dict(speeds) or None
+            )
+            staging = ch.stage(plan, self.layout)
+            return plan, staging, self._fitting_kv_blocks(staging.staged)
+
+        best = None
+        try:
+            best = attempt(self.config.policy)
+        except DoesNotFit:
+            if self.config.policy == "units":
+                raise
+        if best is not None and (best[2] >= self.num_kv_blocks or self.config.policy == "units"):
+            return best
+        other = attempt("units")
+        return other if best is None or other[2] > best[2] else best
 
     def _topology(self, devices: tuple[str, ...]) -> Topology:
         """The links of this machine as they were measured, less those from devices that could not be read."""
@@ -710,11 +719,12 @@ class Coordinator:
         return replace(topology, links=links)
 
     def _form(self) -> None:
-        assert self._target is not None
-        if self._staged != self._target or self._going:
-            self.num_kv_blocks = max(self.num_kv_blocks, self._fitting_kv_blocks(self._target))
+        assert self._staging is not None
+        target = self._staging.target
+        if self._staging.gives_up:
+            self.num_kv_blocks = max(self.num_kv_blocks, self._fitting_kv_blocks(target))
         self._await(FORMING, list(self.members), self.config.form_timeout_s, self._serve)
-        self._do(Form(epoch=self.epoch, layout=self._target, num_kv_blocks=self.num_kv_blocks))
+        self._do(Form(epoch=self.epoch, layout=target, num_kv_blocks=self.num_kv_blocks))
 
     def _serve(self) -> None:
         self._enter(SERVING)
@@ -727,10 +737,10 @@ class Coordinator:
         self._copies, self._restore_failed, self._unreadable = set(), False, set()
         # From here on whatever the cache is said to hold is written by this group, to every plane.
         self._kv = KVState.whole
-        assert self._target is not None
+        assert self._staging is not None
         for name, device in self._devices.items():
             device.failures = 0
-            device.planes = frozenset(self._target[name][KV])
+            device.planes = frozenset(self._staging.target[name][KV])
         for name in self._going:
             self._do(Drop(device=name, reason="it was asked to leave"))
         self._going = []
@@ -830,27 +840,37 @@ class Coordinator:
         wish, everybody = change.wish, self._devices | self._joining
         devices = tuple(name for name in everybody if name not in wish.remove)
         try:
-            plan = wish.plan or self._plan_for(devices, self._speeds_after(wish))
-            staged = ch.staged_layout(plan, self.layout)
-            blocks = self._fitting_kv_blocks(staged)
+            if wish.plan is not None:
+                plan, change.staging = wish.plan, ch.stage(wish.plan, self.layout)
+                blocks = self._fitting_kv_blocks(change.staging.staged)
+            else:
+                plan, change.staging, blocks = self._plan_for(devices, self._speeds_after(wish))
         except (DoesNotFit, ConfigError) as error:
             self._give_up_change(str(error))
             return
         for reason in plan.reasons:
             self._say(reason, change.episode)
-        if plan.after == self.layout:
+        if change.staging.target == self.layout:
             self._give_up_change("nothing has to change", outcome="done: nothing had to change")
         elif blocks < self.num_kv_blocks:
             self._make_room(blocks)
         else:
-            change.plan = plan
-            change.enter(ch.RESERVING, self._now, timeout_s=self.config.load_timeout_s)
-            self._ticket += 1
-            fresh = tuple(self._joining)
-            kv_blocks = self.num_kv_blocks
-            self._do(
-                Reserve(epoch=self.epoch, ticket=self._ticket, staged=staged, num_kv_blocks=kv_blocks, fresh=fresh)
+            self._reserve_behind(change.staging)
+
+    def _reserve_behind(self, staging: ch.Staging) -> None:
+        change = self._change
+        assert change is not None
+        change.enter(ch.RESERVING, self._now, timeout_s=self.config.load_timeout_s)
+        self._ticket += 1
+        self._do(
+            Reserve(
+                epoch=self.epoch,
+                ticket=self._ticket,
+                staged=staging.staged,
+                num_kv_blocks=self.num_kv_blocks,
+                fresh=tuple(self._joining),
             )
+        )
 
     def _speeds_after(self, wish: Change) -> dict[str, float]:
         speeds = self.speeds if wish.speeds is None else dict(wish.speeds)
@@ -869,10 +889,8 @@ class Coordinator:
 
     def _load_behind(self) -> None:
         change = self._change
-        assert change is not None and change.plan is not None
-        everybody = self._devices | self._joining
-        staged = ch.staged_layout(change.plan, self.layout)
-        wanted = self._order_loads(change.plan, staged, everybody, background=True)
+        assert change is not None and change.staging is not None
+        wanted = self._order_loads(change.staging, self._devices | self._joining, background=True)
         # Steps come first, so it may take a multiple of the time that an undisturbed load would.
         timeout_s = 10 * self._load_timeout(wanted)
         change.enter(ch.LOADING if wanted else ch.READY, self._now, set(wanted), timeout_s if wanted else None)
@@ -897,23 +915,16 @@ class Coordinator:
         self._say("all bytes are there: the group switches")
         self._raise_epoch()
 
-    def _use_plan_of_change(self) -> None:
-        change = self._change
-        assert change is not None and change.plan is not None
-        self._plan_made, self._target = change.plan, change.plan.after
-        self._staged = ch.staged_layout(change.plan, self.layout)
-        self._find_kv_sources()
-        self._restore()
-
     def _commit_change(self) -> None:
         """The point of no return: the new group is the group."""
         change = self._change
-        assert change is not None and self._target is not None and self._staged is not None
+        assert change is not None and self._staging is not None
+        staged, target = self._staging.staged, self._staging.target
         everybody = self._devices | self._joining
-        self._going = [name for name in self._devices if name not in self._target.devices]
-        self._devices = {name: everybody[name] for name in self._target.devices}
+        self._going = [name for name in self._devices if name not in target.devices]
+        self._devices = {name: everybody[name] for name in target.devices}
         for name, device in self._devices.items():
-            device.shard, device.fresh = self._staged[name], False
+            device.shard, device.fresh = staged[name], False
         self.speeds = self._speeds_after(change.wish)
         self._joining, self._change, self._kv_cap = {}, None, None
 
