@@ -6,8 +6,9 @@ A model with the layer shapes of Qwen3-8B and random weights is made once. Each 
 arena; a plan of the policy is carried out by the executor (`anchortp.transfer`), stage by stage, all devices at once,
 sums checked. Then the arenas are brought back to where they were. The floor is the same run's: lost bytes over the
 bytes that two threads copy from warm memory to warm memory. Where other work runs on the machine, CPU time says more:
-that of all devices, over what one thread needs to copy the lost bytes. Destinations are reserved (their pages allocated) before
-the clock starts, as a recovery reserves before it moves; `--cold-pages` has the executor allocate them in the load.
+that of all devices, over what one thread needs to copy the lost bytes. Destinations are reserved (their pages
+allocated) before the clock starts, as a recovery reserves before it moves; `--cold-pages` has the executor allocate
+them in the load.
 
 The last line on stdout is one JSON document.
 """
