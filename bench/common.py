@@ -4,38 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-import anchortp
+from anchortp.bench.machine import conditions
 
-
-def conditions() -> dict[str, Any]:
-    """Machine, versions and commit: what a reader needs to repeat the run."""
-    import torch
-
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    with open("/proc/cpuinfo", encoding="utf-8") as cpuinfo:
-        model = next((line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")), "unknown")
-    return {
-        "anchortp": anchortp.__version__,
-        "commit": commit.stdout.strip() or "unknown",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cpu": model,
-        "num_cores": len(os.sched_getaffinity(0)),
-        "memory_bytes": os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
-        "load_before": os.getloadavg()[0],
-    }
+__all__ = ["conditions", "console", "finish", "memory_bandwidth", "spread"]
 
 
 def memory_bandwidth(num_bytes: int = 256 << 20, repeats: int = 7) -> float:

@@ -167,7 +167,9 @@ anchortp topology measure --output here.yaml           # this machine
    several links; what cannot be reached directly goes through the host, and the plan says so.
 4. **Widths stay balanced** to within one unit, or follow the speeds of the devices; memory is reserved before the
    first byte moves, and what does not fit is refused with the numbers.
-5. **A lower bound** comes with every plan: no plan at all, into any balanced layout, can be faster.
+5. **A lower bound** comes with every plan: no plan at all, into any balanced layout, can be faster. It lets units
+   and copies of KV heads be split, so where those are large nothing may reach it: `python -m bench.planner` then asks
+   HiGHS, a solver of its own, what whole ones can reach.
 
 | policy | what it does | source |
 |---|---|---|

@@ -24,9 +24,6 @@ from anchortp.plan import PLANE, REPLICATED, Problem
 Copy = tuple[tuple[str, ...], tuple[str, int], str, int, int]
 
 
-TIME_LIMIT_S = 30.0
-
-
 class Unsolved(Exception):
     """HiGHS ran out of time."""
 
@@ -55,7 +52,7 @@ class _Programme:
         self.low.append(low)
         self.high.append(high)
 
-    def minimise(self, name: Any, gap: float) -> float:
+    def minimise(self, name: Any, gap: float, time_limit_s: float) -> float:
         size = len(self.index)
         rows, columns, values = zip(*self.entries, strict=True)
         matrix = csr_array((values, (rows, columns)), shape=(len(self.low), size))
@@ -68,15 +65,23 @@ class _Programme:
             constraints=LinearConstraint(matrix, self.low, self.high),
             bounds=Bounds(0.0, np.array([self.upper[i] for i in range(size)])),
             integrality=integrality,
-            options={"mip_rel_gap": gap, "time_limit": TIME_LIMIT_S},
+            options={"mip_rel_gap": gap, "time_limit": time_limit_s},
         )
         if found.x is None:
             raise Unsolved(found.message)
         return float(found.mip_dual_bound if self.integral else found.fun)
 
 
-def lp_bound(problem: Problem, after: Layout | None = None, *, integral: bool = False, gap: float = 1e-3) -> float:
-    """Seconds that no plan can beat that ends in a balanced layout, with as many copies of experts as `after`."""
+def lp_bound(
+    problem: Problem,
+    after: Layout | None = None,
+    *,
+    integral: bool = False,
+    gap: float = 1e-3,
+    time_limit_s: float = 20.0,
+) -> float:
+    """Seconds that no plan can beat that ends in a balanced layout, with as many copies of experts as `after`. Raises
+    Unsolved."""
     programme = _Programme()
     # In units of the whole model over a typical link, so that numbers are near 1.
     scale = float(sum(problem.size(f) * problem.units.num_units[f] for f in problem.families)) or 1.0
@@ -91,7 +96,7 @@ def lp_bound(problem: Problem, after: Layout | None = None, *, integral: bool = 
     sources = (*problem.alive, *problem.stores)
     copies += [(sources, (REPLICATED, 0), device, one, problem.size(REPLICATED)) for device in problem.fresh]
     _flows(programme, problem, wishes, copies, scale)
-    return programme.minimise("T", gap)
+    return programme.minimise("T", gap, time_limit_s)
 
 
 def _holding(problem: Problem, family: str) -> dict[int, tuple[str, ...]]:

@@ -284,6 +284,8 @@ class EngineConfig:
     threads_per_worker: int = 1
     collectives: Literal["shm", "gloo"] = "shm"
     plan_policy: Literal["makespan", "units", "cmm", "greedy"] = "makespan"
+    eplb: bool = True  # of a mixture of experts: replicate hot ones where memory allows
+    eplb_interval_s: float = 10.0
     pipelined_load: bool = True  # a layer computes when its weights are there
     speeds: tuple[tuple[str, float], ...] = ()
     min_step_deadline_s: float = 2.0

@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from multiprocessing import resource_tracker
+from multiprocessing import get_context, resource_tracker
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 
@@ -51,7 +51,9 @@ class Handler(BaseHTTPRequestHandler):
 def main() -> None:
     time.sleep(float(sys.argv[2]) if len(sys.argv) > 2 else 0.0)
     memory = SharedMemory(create=True, size=1 << 16)
-    resource_tracker.unregister(memory._name, "shared_memory")  # as if its keeper had been killed too
+    lock = get_context("spawn").Lock()
+    for name, kind in ((memory._name, "shared_memory"), (lock._semlock.name, "semaphore")):
+        resource_tracker.unregister(name, kind)  # as if their keeper had been killed too
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", "fake-worker"])
     threading.Thread(target=lambda: (worker.wait(), os._exit(0)), daemon=True).start()
     ThreadingHTTPServer(("127.0.0.1", int(sys.argv[1])), Handler).serve_forever()

@@ -93,10 +93,10 @@ def recovery(folder, systems, *options):
 def test_a_lost_device_under_load_of_this_engine_and_of_another(folder, other, tmp_path, monkeypatch):
     results = tmp_path / "results"
     with in_private_tmp(monkeypatch):
-        document = recovery(folder, f"anchortp,{other}", "--output", results)
-    elastic, restarted = document["runs"]
-    assert not document["interrupted"] and document["num_cases"] == len(list(results.iterdir())) == 2
-    for run in (elastic, restarted):
+        document = recovery(folder, f"anchortp,anchortp-published,{other}", "--output", results)
+    elastic, published, restarted = document["runs"]
+    assert not document["interrupted"] and document["num_cases"] == len(list(results.iterdir())) == 3
+    for run in document["runs"]:
         assert run["change"] == "3→2" and run["requests"] | {"retried": 0} == {
             "sent": 40,
             "finished": 40,
@@ -108,11 +108,12 @@ def test_a_lost_device_under_load_of_this_engine_and_of_another(folder, other, t
         assert fault["tfs_s"] > 0 and fault["at_s"] > 0.4
         assert run["throughput"]["before"] > 0 and sum(run["curve"]["tokens"]) >= 40 * 24
 
-    assert elastic["tokens"]["delivered"] == 40 * 24
-    assert [elastic["tokens"][kind] for kind in ("thrown_away", "lost", "repeated")] == [0, 0, 0]
-    (episode,) = elastic["engine"]["episodes"]
-    assert episode["devices_lost"] == ["cpu:1"] and episode["bytes"]["loaded"] > 0 and episode["phases"]
-    assert elastic["requests"]["retried"] == 0 and elastic["restarts_s"] == []
+    for run in (elastic, published):
+        assert run["tokens"]["delivered"] == 40 * 24
+        assert [run["tokens"][kind] for kind in ("thrown_away", "lost", "repeated")] == [0, 0, 0]
+        (episode,) = run["engine"]["episodes"]
+        assert episode["devices_lost"] == ["cpu:1"] and episode["bytes"]["loaded"] > 0 and episode["phases"]
+        assert run["requests"]["retried"] == 0 and run["restarts_s"] == []
 
     assert restarted["requests"]["retried"] > 0 and restarted["tokens"]["thrown_away"] > 0
     assert len(restarted["restarts_s"]) == 1 and restarted["tokens"]["lost"] is None and restarted["engine"] == {}
@@ -138,7 +139,12 @@ def test_runs_that_are_there_are_not_run_again(folder, other, tmp_path, monkeypa
         first = recovery(folder, other, "--output", results)
         again = recovery(folder, other, "--output", results)
         none_left = recovery(folder, other, "--output", results, "--seed", 1, "--budget-s", 0)
-    assert again["runs"] == first["runs"] and none_left["runs"] == [] and none_left["num_cases"] == 1
+        slow = ["--max-output", 10_000, "--budget-s", 8]
+        cut = recovery(folder, other, "--output", results, *slow)
+    assert again["runs"] == first["runs"]
+    assert none_left["interrupted"] and none_left["runs"] == [] and none_left["num_cases"] == 1
+    assert cut["interrupted"] and len(list(results.iterdir())) == 1
+    assert all(run["interrupted"] and run["requests"]["finished"] == 0 for run in cut["runs"])
 
 
 @pytest.mark.parametrize("when", ["starting", "loaded"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from anchortp.engine.faults import Strike
+from anchortp.layout import EXPERT
 from tests.procs.engine_tools import nothing_left, prompt_of, running_engine
 from tests.tiny_model import write_model
 
@@ -59,3 +60,42 @@ def test_a_restart_attaches_to_experts_that_are_cut_alike(folders):
         with running_engine(folders["mixtral"], 3, runtime_dir=runtime_dir, expert_cut="columns") as driver:
             assert driver.episodes[0]["bytes"]["loaded"] > 0, "columns in an arena of whole experts"
             driver.submit(prompt_of(3), 20).check()
+
+
+def wait_balanced(driver, num_changes: int) -> dict:
+    """Keeps the engine speaking until experts were rebalanced so often and the change is made."""
+
+    def done() -> bool:
+        status = driver.engine.status()
+        ended = all(change["outcome"] for change in status["changes"])
+        return ended and status["experts"].get("rebalanced", 0) >= num_changes
+
+    while not done():
+        driver.submit(prompt_of(1), 150).check()
+    return driver.engine.status()
+
+
+def test_hot_experts_get_replicas_while_streams_speak_and_what_has_one_is_not_loaded_again(folders):
+    with running_engine(folders["mixtral"], 3, eplb_interval_s=0.2) as driver:
+        status = wait_balanced(driver, 1)
+        experts = status["experts"]
+        assert experts["replicas"] > 0 and experts["imbalance"] < experts["first_imbalance"]
+        assert any(change["outcome"] == "serving" and change["bytes"]["copied"] > 0 for change in status["changes"])
+        streams = driver.speak(3, 150)
+        held = {shard.device: set(shard[EXPERT]) for shard in driver.engine.recovery.layout.shards}
+        lost = "cpu:1"
+        alone = held[lost] - held["cpu:0"] - held["cpu:2"]
+        unit_bytes = driver.engine.units.unit_bytes
+        recovered = len(driver.episodes)
+        driver.inject(lost, "lost")
+        for stream in streams:
+            stream.check()
+        driver.wait_recovered(recovered + 1)
+        (fault,) = driver.engine.status()["faults"]
+        others = {f: driver.engine.units.num_units[f] for f in ("attention", "vocab")}
+        assert len(alone) < len(held[lost]), "some experts of the lost device have a replica elsewhere"
+        rest = fault["bytes"]["lost"] - len(alone) * unit_bytes[EXPERT]
+        most = sum(unit_bytes[f] * (count // 3 + 1) for f, count in others.items()) + 2 * unit_bytes["kv"]
+        assert 0 <= rest <= most, "what is lost of the experts is what had no replica"
+        assert fault["bytes"]["loaded"] <= fault["bytes"]["lost"] + fault["bytes"]["replica"]
+        driver.submit(prompt_of(5), 40).check()

@@ -115,6 +115,11 @@ def test_who_gives_units_away_gives_those_in_its_last_slots(num_before):
         assert plan.relocated_bytes <= SMOLLM2.unit_bytes[ATTENTION] * num_before
 
 
+def test_who_joins_copies_what_others_hold():
+    plan = plan_change(SMOLLM2, initial_layout(SMOLLM2, devices(0, 1, 2)), devices(0, 1, 2, 3))
+    assert plan.copied_bytes > 0.9 * (plan.copied_bytes + plan.loaded_bytes)
+
+
 def test_devices_that_join_get_the_replicated_tensors_whether_listed_or_not():
     before = initial_layout(SMOLLM2, devices(0, 1))
     empty = before.with_shard(empty_shard("cpu:2"))

@@ -14,7 +14,7 @@ import msgspec
 
 from anchortp.bench.load import Load
 from anchortp.bench.supervisor import Supervisor
-from anchortp.errors import AnchorTPError, ConfigError
+from anchortp.errors import AnchorTPError, ConfigError, EngineStopped
 from anchortp.state.client import AnchorClient
 
 FaultKind = Literal["lost", "crash", "hang"]
@@ -64,7 +64,7 @@ def read_script(path: Path, devices: tuple[str, ...]) -> tuple[Fault, ...]:
 
 
 async def strike_all(faults: tuple[Fault, ...], load: Load, supervisor: Supervisor, struck: list[Struck]) -> None:
-    """Each fault at its time; what has happened is added to `struck`."""
+    """Each fault at its time; what has happened is added to `struck`. Raises EngineStopped if one cannot be."""
     for fault in faults:
         await load.wait_sent(max(1, math.ceil(fault.at * load.num_requests)))
         await asyncio.sleep(fault.after_s)
@@ -86,7 +86,7 @@ def _strike(fault: Fault, supervisor: Supervisor) -> float:
                 done.result()
         return fault_s
     except AnchorTPError as error:
-        raise ConfigError(f"{fault.kind} of {', '.join(fault.devices)} could not be injected: {error}") from None
+        raise EngineStopped(f"{fault.kind} of {', '.join(fault.devices)} could not be injected: {error}") from None
     finally:
         for client in clients:
             client.close()

@@ -11,8 +11,8 @@ from anchortp.bench.client import Attempt, send
 from anchortp.bench.supervisor import Supervisor
 from anchortp.bench.workload import Session, Turn
 
-IDLE_TIMEOUT_S = 300.0  # a system that is silent for so long has failed the request
-PATIENCE_S = 900.0  # a client gives a request up after so long
+IDLE_TIMEOUT_S = 900.0  # a system that is silent for so long has failed the request; waiting in its queue is silence
+PATIENCE_S = 1800.0  # a client gives a request up after so long
 BACKOFF_S = 0.25  # after an error of a system that still answers
 
 

@@ -29,13 +29,13 @@ def run(document: dict[str, Any], path: Path, *, title: str) -> None:
     figure, axes = _axes(title, "seconds")
     axes.plot(*_curve(document), color=COLORS[0], linewidth=1.4, label="throughput")
     for index, fault in enumerate(document["faults"]):
-        named = {"outage": "from the fault to the first success", "peak": "stable peak"} if index == 0 else {}
+        named = {"outage": "outage", "success": "first success", "peak": "stable peak"} if index == 0 else {}
         axes.axvline(fault["at_s"], color="black", linewidth=1, linestyle=":", label=None if index else "fault")
         if fault["tfs_s"] is None:
             continue
         success_s = fault["at_s"] + fault["tfs_s"]
         axes.axvspan(fault["at_s"], success_s, color=OUTAGE_COLOR, label=named.get("outage"))
-        axes.axvline(success_s, color=SUCCESS_COLOR, linewidth=1)
+        axes.axvline(success_s, color=SUCCESS_COLOR, linewidth=1, label=named.get("success"))
         if fault["peak_at_s"] is not None:
             peak = fault["peak_tokens_per_s"]
             axes.plot([fault["peak_at_s"]], [peak], "v", color=PEAK_COLOR, label=named.get("peak"))
@@ -71,5 +71,5 @@ def _axes(title: str, label: str) -> tuple[Any, Any]:
 
 def _save(figure: Any, axes: Any, path: Path) -> None:
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")
     figure.savefig(path, dpi=110, metadata={"Software": ""})

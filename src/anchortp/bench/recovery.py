@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import hashlib
 import json
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -74,8 +75,8 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     """The document of each case, in order; those that `output` holds already are not run again.
 
-    Ends early, with a document that says `interrupted`, on SIGINT; and where a further run would end later than
-    `budget_s` after the first began. A system that fails to start gives a document with its `error`.
+    Ends early on SIGINT, or `budget_s` after the first began: with a document that says `interrupted`, or between two
+    runs where the next would surely take longer. A system that fails to start gives a document with its `error`.
     """
     workloads: dict[tuple[str, Path], tuple[Session, ...]] = {}
     began_s = time.monotonic()
@@ -84,13 +85,13 @@ def run(
         if kept is not None and kept.exists():
             yield json.loads(kept.read_text(encoding="utf-8"))
             continue
-        expected_s = case.workload.requests / case.workload.rate + case.workload.max_output / 10
-        if budget_s is not None and time.monotonic() - began_s + expected_s > budget_s:
+        left_s = math.inf if budget_s is None else budget_s - (time.monotonic() - began_s)
+        if case.workload.requests / case.workload.rate > left_s:
             tell(f"the budget of {budget_s:g} s is used up; {len(cases) - index} run(s) are left for the same command")
             return
         sessions = workloads.setdefault((repr(case.workload), case.model), make(case.workload, case.model))
         tell(f"{index + 1} of {len(cases)}: {case.system.name}, {case.change}")
-        document = _document(case, sessions, tell, observe)
+        document = _document(case, sessions, left_s, tell, observe)
         if kept is not None and not document.get("interrupted") and "error" not in document:
             output.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(document), encoding="utf-8")
@@ -100,11 +101,11 @@ def run(
 
 
 def _document(
-    case: Case, sessions: tuple[Session, ...], tell: Callable[[str], None], observe: Observer
+    case: Case, sessions: tuple[Session, ...], left_s: float, tell: Callable[[str], None], observe: Observer
 ) -> dict[str, Any]:
     document = {"benchmark": "recovery", "conditions": machine.conditions(), **case.describe()}
     try:
-        return document | asyncio.run(_play(case, sessions, observe))
+        return document | asyncio.run(_play(case, sessions, left_s, observe))
     except ConfigError:
         raise
     except AnchorTPError as error:
@@ -112,17 +113,17 @@ def _document(
         return document | {"error": str(error)}
 
 
-async def _play(case: Case, sessions: tuple[Session, ...], observe: Observer) -> dict[str, Any]:
+async def _play(case: Case, sessions: tuple[Session, ...], left_s: float, observe: Observer) -> dict[str, Any]:
     """Raises AnchorTPError if the system does not start, or not again after a fault.
 
-    SIGINT while it starts ends the process as usual; later it ends the load.
+    SIGINT while it starts ends the process as usual; later it ends the load, as the end of `left_s` does.
     """
     began_s = time.monotonic()
     async with Supervisor(case.system, case.model, case.devices) as supervisor:
         started_s = time.monotonic() - began_s
         load = Load(sessions, supervisor, case.workload.think_s)
         struck: list[Struck] = []
-        with _interrupt() as interrupted:
+        with _interrupt(left_s - started_s) as interrupted:
             playing = asyncio.create_task(load.play())
             striking = asyncio.create_task(strike_all(case.faults, load, supervisor, struck))
             stopping = asyncio.create_task(interrupted.wait())
@@ -160,10 +161,11 @@ async def _until_done(
 
 
 @contextlib.contextmanager
-def _interrupt() -> Iterator[asyncio.Event]:
-    """Set by the first SIGINT; a second one ends the process as usual."""
+def _interrupt(after_s: float) -> Iterator[asyncio.Event]:
+    """Set by the first SIGINT, or after so long; a second SIGINT ends the process as usual."""
     event = asyncio.Event()
     loop = asyncio.get_running_loop()
+    timer = None if math.isinf(after_s) else loop.call_later(max(0.0, after_s), event.set)
 
     def stop() -> None:
         event.set()
@@ -174,6 +176,8 @@ def _interrupt() -> Iterator[asyncio.Event]:
         yield event
     finally:
         loop.remove_signal_handler(signal.SIGINT)
+        if timer is not None:
+            timer.cancel()
 
 
 def _engine(status: dict[str, Any], began_s: float) -> dict[str, Any]:

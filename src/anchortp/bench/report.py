@@ -272,10 +272,14 @@ def _planner(documents: Sequence[Document]) -> Iterator[Block]:
 # ------------------------------------------------------------------------------------------------------- grouping
 
 
+_VERBS = {"lost": "lost", "crash": "crashed", "hang": "hung"}
+
+
 def _cell(run: Document) -> str:
     """What a run has in common with those that it is compared with."""
     kinds = ", ".join(
-        f"{f['kind']} of {len(f['devices'])} at {f['at']:.0%}" + (f" + {f['after_s']:g} s" if f["after_s"] else "")
+        f"{' and '.join(f['devices'])} {_VERBS[f['kind']]} at {f['at']:.0%}"
+        + (f" + {f['after_s']:g} s" if f["after_s"] else "")
         for f in run["faults_planned"]
     )
     workload = run["workload"]

@@ -25,6 +25,7 @@ PROBE_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 60.0
 KILL_TIMEOUT_S = 30.0
 KILLED_S = 0.002  # between looks at processes that were killed
+SHARED_MEMORY = Path("/dev/shm")
 MARK = "ANCHORTP_BENCH_MARK"  # in the environment of all that a system starts, wherever it ends up
 
 
@@ -47,7 +48,7 @@ class Supervisor:
         self._process: asyncio.subprocess.Process | None = None
         self._watching: asyncio.Task[None] | None = None
         self._sessions: set[int] = set()  # of every start
-        self._shared_memory: set[Path] = set()
+        self._shared_memory: set[int] = set()  # inodes
         self._stopping = False
 
     async def __aenter__(self) -> Supervisor:
@@ -184,13 +185,15 @@ class Supervisor:
             if time.monotonic() > deadline_s:
                 raise EngineStopped(f"processes of system {self.system.name} do not end: {self._marked()}")
             await asyncio.sleep(KILLED_S)
-        for path in self._shared_memory:
-            path.unlink(missing_ok=True)
+        for path in SHARED_MEMORY.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_ino in self._shared_memory:
+                    path.unlink()
         self._shared_memory.clear()
         self._sessions.clear()
 
     def _note_shared_memory(self) -> None:
-        self._shared_memory |= {path for pid in self._marked() for path in _shared_memory(pid)}
+        self._shared_memory |= {inode for pid in self._marked() for inode in _shared_memory(pid)}
 
     def _marked(self, pattern: str = "") -> list[int]:
         """The living processes that the system has started and whose command line matches: those with the mark, and
@@ -219,14 +222,13 @@ def _kill(pids: list[int]) -> int:
     return killed
 
 
-def _shared_memory(pid: int) -> set[Path]:
-    """Files under /dev/shm in its memory."""
+def _shared_memory(pid: int) -> set[int]:
+    """Inodes of the files under /dev/shm in its memory. (Semaphores are mapped under a name that they lose at once.)"""
     try:
         lines = Path(f"/proc/{pid}/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return set()
-    names = (line.split(maxsplit=5)[-1] for line in lines if " /dev/shm/" in line)
-    return {Path(name) for name in names if not name.endswith(" (deleted)")}
+    return {int(line.split(maxsplit=5)[4]) for line in lines if f" {SHARED_MEMORY}/" in line}
 
 
 def free_port() -> int:

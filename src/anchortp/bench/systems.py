@@ -121,8 +121,12 @@ def builtin(name: str, model: Path, vllm_folder: Path, serve_options: tuple[str,
         settings = "this engine killed whole at the fault, anchors too, and started again at once on the devices left"
         return anchortp(name, *serve_options, faults="everything", settings=settings)
     if name == "anchortp-published":
-        settings = "this engine with the paper's choices: contiguous intervals (CMM), no KV mirror, replay"
-        return anchortp(name, *serve_options, "--plan-policy", "cmm", "--kv-mirror", "off", settings=settings)
+        settings = (
+            "this engine with the paper's choices: contiguous intervals (CMM), no KV mirror but replay, and serving "
+        )
+        settings += "once all is loaded"
+        options = ("--plan-policy", "cmm", "--kv-mirror", "off", "--no-pipelined-load")
+        return anchortp(name, *serve_options, *options, settings=settings)
     if match := re.fullmatch(r"vllm-tp(\d+)-(eager|compiled)", name):
         return vllm(vllm_folder, model, tp=int(match[1]), compiled=match[2] == "compiled")
     raise ConfigError(

@@ -68,7 +68,7 @@ def python_of(folder: Path) -> Path:
 
 
 def set_up(folder: Path, tell: Callable[[str], None]) -> None:
-    """Builds the environment in `folder`, or leaves it if it is there. About 2 GB. Raises ConfigError."""
+    """Builds the environment in `folder`, or leaves it if it is there. About 3.5 GB. Raises ConfigError."""
     if installed(folder) == VERSION:
         tell(f"vLLM {VERSION} is in {folder}")
         return

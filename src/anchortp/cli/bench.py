@@ -47,7 +47,7 @@ def finish(document: dict[str, Any]) -> None:
 def setup_vllm(
     folder: Annotated[Path | None, typer.Argument(help="Where to. Default: in the cache folder.")] = None,
 ) -> None:
-    """Build an environment with vLLM for CPUs, as a baseline (about 2 GB)."""
+    """Build an environment with vLLM for CPUs, as a baseline (about 3.5 GB)."""
     from anchortp.bench import vllm_env
 
     vllm_env.set_up(folder or vllm_env.default_folder(), tell)
@@ -138,7 +138,7 @@ Output = Annotated[
     Path | None, typer.Option(help="Keep each run in this folder; runs that it holds already are not run again.")
 ]
 Budget = Annotated[
-    float | None, typer.Option(help="Seconds. No run is begun that would end later; go on with the same command.")
+    float | None, typer.Option(help="Seconds, after which what is running is stopped; the same command goes on.")
 ]
 
 

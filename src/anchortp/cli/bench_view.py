@@ -50,13 +50,16 @@ class Progress:
 
     def observe(self, case: Case, load: Load) -> None:
         """Called twice a second while a load is played."""
-        rate = f"{load.num_tokens / max(1e-9, time.monotonic() - load.began_s):.0f} tok/s"
+        elapsed_s = max(1e-9, time.monotonic() - load.began_s)
+        rate = f"{load.num_tokens / elapsed_s:.0f} tok/s"
         self._bars.update(
             self._load, description=case.system.name, total=load.num_requests, completed=load.num_finished, rate=rate
         )
         if not self._console.is_terminal and time.monotonic() - self._told_s > TELL_EVERY_S:
             self._told_s = time.monotonic()
-            self.tell(f"  {load.num_finished} of {load.num_requests} answered, {len(load.sent)} sent, {rate}")
+            left_s = (load.num_requests - load.num_finished) * elapsed_s / max(1, load.num_finished)
+            counts = f"{load.num_finished} of {load.num_requests} answered, {len(load.sent)} sent"
+            self.tell(f"  {counts}, {rate}, about {left_s:.0f} s left")
 
 
 def show_recovery(runs: list[dict[str, Any]]) -> None:

@@ -90,6 +90,8 @@ def serve(
     plan_policy: Annotated[
         PlanPolicy, typer.Option(help="Who plans recoveries; cmm is the paper's. See `anchortp plan`.")
     ] = PlanPolicy.makespan,
+    eplb: Annotated[bool, typer.Option(help="Of a mixture of experts: replicate hot ones where memory allows.")] = True,
+    eplb_interval: Annotated[float, typer.Option(help="Seconds between two looks at the experts' load.")] = 10.0,
     pipelined_load: Annotated[
         bool, typer.Option(help="Compute the first layers while the last are still loaded.")
     ] = True,
@@ -144,6 +146,8 @@ def serve(
         num_spares=spares,
         collectives=collectives.value,
         plan_policy=plan_policy.value,
+        eplb=eplb,
+        eplb_interval_s=eplb_interval,
         pipelined_load=pipelined_load,
         packed_folder=str(cache_folder() / "packed") if packed_columns else "",
         speeds=serving.parse_speeds(speed or []),

@@ -219,14 +219,12 @@ def measured_topology(found: Measured, num_devices: int) -> Topology:
         tuple(f"cpu:{i}" for i in range(num_devices)),
         copy_bytes_per_s=_tidy(found.copy_one_thread),
         bus_bytes_per_s=_tidy(found.copy_all_threads),
+        host_bytes_per_s=_tidy(found.read_all_threads),
     )
-    links = [
-        replace(link, bytes_per_s=_tidy(found.read_all_threads)) if link.src == "host" else link for link in plain.links
-    ]
     if found.disk is None:
-        return replace(plain, links=tuple(links))
-    links.append(Link(src="disk", dst="host", bytes_per_s=_tidy(found.disk)))
-    return replace(plain, places=(*plain.places, Place(name="disk", kind="disk")), links=tuple(links))
+        return plain
+    disk, link = Place(name="disk", kind="disk"), Link(src="disk", dst="host", bytes_per_s=_tidy(found.disk))
+    return replace(plain, places=(*plain.places, disk), links=(*plain.links, link))
 
 
 def comments(found: Measured, size_bytes: int) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from anchortp.comm import ShmRegion
 from anchortp.config import EngineConfig, check_device_names
 from anchortp.engine import messages as m
 from anchortp.engine.api import DeviceChange, EngineRequest, Sink, TokenOutput
+from anchortp.engine.balancer import ExpertBalancer, plan_of
 from anchortp.engine.blocks import BlockPool
 from anchortp.engine.faults import Strike
 from anchortp.engine.keeper import KVKeeper
@@ -38,7 +39,7 @@ from anchortp.errors import (
     RequestError,
     WireError,
 )
-from anchortp.layout import empty_shard, model_units
+from anchortp.layout import EXPERT, KV, empty_shard, model_units
 from anchortp.plan import FromPeer, Move
 from anchortp.recovery import Coordinator, RecoveryConfig, StepDeadline
 from anchortp.recovery import events as ev
@@ -51,6 +52,7 @@ log = logging.getLogger("anchortp.engine")
 POISON_CUTS = 5  # a request whose batches killed a worker so often in a row is ended, not tried again
 STOP_TIMEOUT_S = 5.0
 BACKLOG_POLL_S = 1e-3
+BUDGET_SLACK_BYTES = 4 << 20  # page rounding of what is added
 BACKGROUND_PACE = 0.5  # share of the time in which bytes move while steps are computed
 PUBLISH_EVERY_S = 0.1
 MAX_EPISODES_SHOWN = 32
@@ -86,6 +88,8 @@ class ElasticEngine:
         self._strikes = strikes
         self._keep_anchors = keep_anchors
         self._deadline = StepDeadline(floor_s=config.min_step_deadline_s)
+        by_experts = config.model.moe is not None and config.model.moe.cut == "experts"
+        self._balancer = ExpertBalancer(self.units, config.eplb_interval_s) if by_experts and config.eplb else None
         self._thread = threading.Thread(target=self._main, name="anchortp-engine", daemon=True)
         self._selector = selectors.DefaultSelector()
         self._wake_in, self._wake_out = socket.socketpair()
@@ -232,6 +236,7 @@ class ElasticEngine:
         self._deliver(self.scheduler.postprocess(batch, answer.sampled, self.config.model.eos_token_ids))
         self._keeper.save_sealed(self.recovery.layout, self.recovery.epoch)
         self._write_record()
+        self._rebalance_if_due()
         if self.scheduler.has_work():
             self._publish_if_due()
         else:
@@ -258,8 +263,11 @@ class ElasticEngine:
             if time.monotonic() >= deadline_s:
                 self._accuse(batch, time.monotonic() - began_s)
                 deadline_s = time.monotonic() + self.recovery.config.leave_timeout_s
+        seconds = time.monotonic() - began_s
         if self.recovery.is_whole:
-            self._deadline.observe(batch.num_tokens, time.monotonic() - began_s)
+            self._deadline.observe(batch.num_tokens, seconds)
+        if self._balancer is not None:
+            self._balancer.step_done(seconds, answer.expert_load)
         self._counters["steps"] += 1
         self._counters["computed_tokens"] += batch.num_tokens
         for seq in batch.seqs:
@@ -584,6 +592,7 @@ class ElasticEngine:
                 num_bytes=done.num_bytes,
                 peer_bytes=done.peer_bytes,
                 rerouted=tuple(done.rerouted),
+                links=tuple((source, *measured) for source, measured in done.links.items()),
             )
         )
 
@@ -607,8 +616,9 @@ class ElasticEngine:
         self._ranks = command.layout.devices
         self._region = ShmRegion.create(command.epoch, len(self._ranks), self._slot_bytes())
         shards = [(shard.device, shard.as_dict()) for shard in command.layout.shards]
-        order = m.FormGroup(epoch=command.epoch, shards=shards)
+        parts = self._balancer.parts(command.layout) if self._balancer is not None else {}
         for device in self._ranks:
+            order = m.FormGroup(epoch=command.epoch, shards=shards, parts=parts.get(device))
             self._send(device, order, fds=(self._region.fd,))
 
     def _remove_gloo_stores(self) -> None:
@@ -655,6 +665,37 @@ class ElasticEngine:
         self.scheduler.fail_all(reason)
         self._deliver(self.scheduler.take_failures())
         self._ready.set()
+
+    def _rebalance_if_due(self) -> None:
+        """Between two steps. Copies are a planned change; other shares alone are in force from the next step on."""
+        balancer, recovery, now_s = self._balancer, self.recovery, time.monotonic()
+        if balancer is None or not recovery.is_calm or not balancer.is_due(now_s):
+            return
+        slots = {device: self._expert_slots(device) for device in recovery.members}
+        answer = balancer.decide(recovery.layout, slots, recovery.speeds, now_s)
+        if not answer.is_change:
+            return
+        log.info("experts: %s", answer.reason)
+        if not answer.stages:
+            balancer.adopt(answer.placement)
+            for device, parts in balancer.parts(recovery.layout).items():
+                self._send(device, m.ShareExperts(epoch=recovery.epoch, parts=parts))
+            return
+        stage = answer.stages[0]  # the next decision goes on from there
+        balancer.adopt(stage.placement)
+        plan = plan_of(stage, recovery.layout, self.units, answer.reason)
+        with self._lock:
+            self._num_changes += 1
+            change_id = self._num_changes
+        self._handle(ev.Change(why="rebalance experts", change_id=change_id, plan=plan))
+
+    def _expert_slots(self, device: str) -> int:
+        """How many expert units the device has memory for, beside all else that it holds now."""
+        shard, size = self.recovery.layout[device], self.units.unit_bytes[EXPERT]
+        kv_bytes = len(shard[KV]) * self._plane.kv.block_bytes * self.recovery.num_kv_blocks
+        used = self._plane.weights.committed_bytes(shard) + kv_bytes
+        room = self.recovery.snapshot()[device]["budget_bytes"] - used - BUDGET_SLACK_BYTES
+        return len(shard[EXPERT]) + max(0, room // size)
 
     def _begin_change(self, change: DeviceChange, change_id: int) -> None:
         """Starting anchors takes longer than a step, so that happens on a thread; serving goes on."""
@@ -798,6 +839,8 @@ class ElasticEngine:
             },
             "counters": dict(self._counters),
             "devices": self._devices(),
+            "links": {f"{a}>{b}": {"bytes_per_s": rate} for (a, b), rate in recovery.rates.measured.items()},
+            "experts": self._balancer.status(recovery.layout) if self._balancer and recovery.phase == SERVING else {},
             "episodes": episodes,
             "faults": faults,
             "changes": [episode for episode in episodes if episode["change_id"]],

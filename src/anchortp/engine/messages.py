@@ -145,10 +145,24 @@ class SaveBlocks(_Message):
 
 
 class FormGroup(_Message):
-    """With the descriptor of the group's region. `shards`: (device, family -> units) in rank order. -> GroupFormed"""
+    """With the descriptor of the group's region. `shards`: (device, family -> units) in rank order. -> GroupFormed
+
+    `parts`: which part of the tokens this rank computes of experts that others hold too; see `ShareExperts`.
+    """
 
     epoch: int
     shards: list[tuple[str, dict[str, list[int]]]]
+    parts: dict[int, tuple[float, float]] | None = None
+
+
+class ShareExperts(_Message):
+    """From the next step on: of these expert units the rank computes just a part of the tokens (`layout.part_of`).
+
+    It is sent to all ranks between the same two steps, so no token is computed twice or not at all.
+    """
+
+    epoch: int
+    parts: dict[int, tuple[float, float]]
 
 
 class RunStep(_Message):
@@ -181,6 +195,7 @@ ToWorker = (
     | ArrangeUnits
     | RestorePlanes
     | FormGroup
+    | ShareExperts
     | RunStep
     | SaveBlocks
     | HandOver

@@ -139,6 +139,7 @@ class Worker:
             m.CancelLoad: self._cancel_load,
             m.ArrangeUnits: self._arrange,
             m.FormGroup: self._form,
+            m.ShareExperts: self._share,
             m.RunStep: self._run_step,
             m.MoveBlocks: self._move_blocks,
             m.RestorePlanes: self._restore_planes,
@@ -441,8 +442,14 @@ class Worker:
             self._decoder = Decoder(a.units, layout, rank, weights, kv_cache, a.order.max_model_len)
         else:
             self._decoder.rebind(layout, rank, weights, kv_cache)
+        if self._decoder.moe is not None and order.parts is not None:
+            self._decoder.moe.share(order.parts)
         self._send(m.GroupFormed(epoch=order.epoch))
         self._start_packer()
+
+    def _share(self, order: m.ShareExperts) -> None:
+        if order.epoch == self._epoch and self._decoder is not None and self._decoder.moe is not None:
+            self._decoder.moe.share(order.parts)
 
     def _make_group(self, rank: int) -> Group:
         a = self._assigned()

@@ -12,6 +12,7 @@ from anchortp.layout.layout import (
     width_bounds,
     widths,
 )
+from anchortp.layout.shares import Part, part_of
 from anchortp.layout.units import (
     ATTENTION,
     EVERY_FAMILY,
@@ -39,6 +40,7 @@ __all__ = [
     "KVAddresses",
     "Layout",
     "ModelUnits",
+    "Part",
     "Range",
     "ReplicatedTensor",
     "Shard",
@@ -51,6 +53,7 @@ __all__ = [
     "group_widths",
     "initial_layout",
     "model_units",
+    "part_of",
     "shard_from_dict",
     "width_bounds",
     "widths",

@@ -25,11 +25,14 @@ class Shard:
 
     def appended(self, family: str, units: Iterable[int]) -> Shard:
         """The shard with `units` in the next free slots of `family`; what is there stays where it is."""
-        index = EVERY_FAMILY.index(family)
-        grown = (*self[family], *units)
-        if index >= len(self.slots) and not grown:
+        return self.replaced(family, (*self[family], *units))
+
+    def replaced(self, family: str, units: Iterable[int]) -> Shard:
+        """The shard with `units`, in slot order, as all that it has of `family`."""
+        index, held = EVERY_FAMILY.index(family), tuple(units)
+        if index >= len(self.slots) and not held:
             return self
-        return replace(self, slots=(*self.slots[:index], grown, *self.slots[index + 1 :]))
+        return replace(self, slots=(*self.slots[:index], held, *self.slots[index + 1 :]))
 
     def as_dict(self) -> dict[str, list[int]]:
         return {family: list(units) for family, units in zip(EVERY_FAMILY, self.slots, strict=False)}

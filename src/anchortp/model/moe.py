@@ -1,32 +1,36 @@
 """Mixture of experts on one rank: the tokens of the experts, or of the columns of experts, that its device holds.
 
 The router is replicated and all ranks see the same activations, so all of them route alike and nothing is sent to
-agree. An expert may have replicas on several devices: its tokens then go round among them, by tables that are made
-from the layout and so belong to its epoch. Partial sums meet in the layer's all-reduce, as those of an MLP do.
+agree. An expert may have replicas on several devices: each then computes its part of the expert's tokens, by tables
+that belong to the epoch (and are replaced on all ranks between the same two steps). Partial sums meet in the layer's
+all-reduce, as those of an MLP do.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anchortp.layout import EXPERT, Layout, ModelUnits
+from anchortp.layout import EXPERT, Layout, ModelUnits, Part, part_of
 from anchortp.model.weights import WeightViews
+
+WHOLE: Part = (0.0, 1.0)
+GOLDEN = 0.6180339887498949
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _LocalExpert:
-    """An expert of one layer with weights on this rank: `place` among the `num_holders` ranks that hold it."""
+    """An expert of one layer with weights on this rank, and which `part` of its tokens the rank computes."""
 
     expert: int
     gate_up: Tensor  # [hidden, 2 * columns]
     down: Tensor  # [columns, hidden]
-    num_holders: int
-    place: int
+    part: Part
 
 
 class MoE:
@@ -51,11 +55,20 @@ class MoE:
         self.load.zero_()
         return taken
 
+    def share(self, parts: Mapping[int, Part]) -> None:
+        """From the next step on: `parts` of the tokens of expert units that have other holders too; those that are not
+        named are computed whole. All ranks get theirs between the same two steps."""
+        num_experts = self._moe.num_experts
+        self._layers = tuple(
+            tuple(replace(local, part=parts.get(layer * num_experts + local.expert, WHOLE)) for local in experts)
+            for layer, experts in enumerate(self._layers)
+        )
+
     def begin(self, positions: Tensor) -> None:
         """Before the layers of a step whose tokens have `positions` (int64 `[rows]`): whose turn it is.
 
-        If counting began anew in each step, an expert that gets one token a step would always be computed by the
-        same replica. A decoding sequence's position moves on by one, and every rank knows it without a memory.
+        With the same phase in each step an expert that gets one token a step would always be computed by the same
+        replica. A decoding sequence's position moves on by one, and every rank knows it without a memory.
         """
         self._turn = int(positions[0])
 
@@ -103,9 +116,10 @@ class MoE:
             number, end = numbers[local.expert], ends[local.expert]
             if not number:
                 continue
-            first = (local.place - self._turn) % local.num_holders
-            if first < number:
-                mine.append((local, order[end - number + first : end : local.num_holders]))
+            phase = (self._turn + local.expert) * GOLDEN % 1.0  # steps spread evenly over [0, 1), however many
+            start, stop = part_of(number, local.part, phase)
+            if start < stop:
+                mine.append((local, order[end - number + start : end - number + stop]))
         return mine
 
     def _compute(self, mine: list[tuple[_LocalExpert, Tensor]], x: Tensor) -> Tensor:
@@ -126,7 +140,7 @@ class MoE:
 def _local_experts(
     units: ModelUnits, layout: Layout, rank: int, weights: WeightViews
 ) -> tuple[tuple[_LocalExpert, ...], ...]:
-    """Per layer. Replicas of neighbouring experts begin at another place, so that a rank's turns are spread."""
+    """Per layer. Replicas get even parts until somebody knows better."""
     moe = units.config.moe
     assert moe is not None
     num_experts = moe.num_experts
@@ -138,8 +152,7 @@ def _local_experts(
     for unit, (gate_up, down) in weights.experts.items():
         layer, expert = divmod(unit, num_experts)
         ranks = holders.get(unit, [rank])
-        place = (ranks.index(rank) + layer + expert) % len(ranks)
-        layers[layer].append(
-            _LocalExpert(expert=expert, gate_up=gate_up.t(), down=down, num_holders=len(ranks), place=place)
-        )
+        place = ranks.index(rank)
+        part = (place / len(ranks), (place + 1) / len(ranks))
+        layers[layer].append(_LocalExpert(expert=expert, gate_up=gate_up.t(), down=down, part=part))
     return tuple(tuple(sorted(local, key=lambda e: e.expert)) for local in layers)

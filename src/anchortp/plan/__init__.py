@@ -9,6 +9,7 @@ from anchortp.plan.explain import explain
 from anchortp.plan.plan import PLANE, REPLICATED, Drop, FromHost, FromPeer, Move, Plan, moves_between
 from anchortp.plan.policies import POLICIES, Policy, makespan
 from anchortp.plan.problem import Problem
+from anchortp.plan.rates import Rates
 from anchortp.plan.shapes import PAPER_MODELS, SHAPES, Shape, shape, shape_from_config
 from anchortp.plan.shrink import fill_plan, shrink_plan
 from anchortp.plan.topology import (
@@ -42,6 +43,7 @@ __all__ = [
     "Plan",
     "Policy",
     "Problem",
+    "Rates",
     "Row",
     "Shape",
     "Timeline",

@@ -7,7 +7,7 @@ more; elsewhere it opens a (device, KV head) pair: a copy of the head's weights 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import combinations, product
 
 from anchortp.layout import ATTENTION, KV
@@ -171,34 +171,6 @@ def assign_heads(
             device = max(room, key=lambda d: room[d])
         give(group, device, min(len(left[group]), room[device]))
     return {device: sorted(heads) for device, heads in result.items()}
-
-
-def spread_heads(
-    heads: Mapping[int, str],
-    group_of: Mapping[int, int],
-    there: Mapping[str, Collection[int]],
-    room: Mapping[str, int],
-    slow: Mapping[tuple[str, str], float],
-) -> dict[str, list[int]]:
-    """q heads that living devices give up (`heads`: head -> holder) to devices with `room` places, in all as many as
-    there are heads, so that no pair of devices has much more to copy than the others. `slow`: (holder, device) ->
-    seconds per head. One head at a time, heads of one KV group in a row; where its KV head is already (`there`), or
-    will be, a head costs half."""
-    result: dict[str, list[int]] = {device: [] for device in room}
-    has = {device: set(there.get(device, ())) for device in room}
-    busy: Counter[tuple[str, str]] = Counter()
-    for head in sorted(heads, key=lambda h: (group_of[h], h)):
-        source = heads[head]
-
-        def done(device: str, source: str = source, group: int = group_of[head]) -> float:
-            weight = 1.0 if group in has[device] else 2.0
-            return slow[source, device] * (busy[source, device] + weight)
-
-        best = min((d for d in room if len(result[d]) < room[d]), key=done)
-        busy[source, best] += 1 if group_of[head] in has[best] else 2
-        result[best].append(head)
-        has[best].add(group_of[head])
-    return result
 
 
 def _match(

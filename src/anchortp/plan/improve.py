@@ -8,12 +8,14 @@ delivered at b instead of a costs `far[a] - far[b]` less.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from anchortp.layout import ATTENTION, EXPERT, KV
 from anchortp.plan.heads import kv_after
 from anchortp.plan.placement import Placement, Share
+from anchortp.plan.plan import PLANE
 from anchortp.plan.problem import Problem
 
 
@@ -33,17 +35,14 @@ class Shift:
 Change = tuple[Shift, ...]
 
 
-def changes(problem: Problem, placement: Placement, far: Mapping[str, float], aim: float) -> list[Change]:
-    """All single shifts, exchanges and pairs that should gain something, those first whose gain is nearest to `aim`.
-
-    `far`: seconds per byte to each device, by the present prices; `aim`: seconds to be gained.
-    """
+def changes(problem: Problem, placement: Placement, prices: Sequence[float], aim: float) -> list[Change]:
+    """All single shifts, exchanges and pairs that should gain something by these prices (per link, in seconds per
+    byte), those first whose gain is nearest to `aim` (seconds)."""
+    look = _Look(problem, placement, prices)
     shifts: dict[tuple[str, str], list[Shift]] = {}
-    for family in problem.families:
-        if family != KV:
-            for shift in _family_shifts(problem, placement, family, far):
-                shifts.setdefault((shift.a, shift.b), []).append(shift)
-    found: list[tuple[float, Change]] = [(swap.gain, (swap,)) for swap in _exchanges(problem, placement, far)]
+    for shift in look.shifts():
+        shifts.setdefault((shift.a, shift.b), []).append(shift)
+    found: list[tuple[float, Change]] = [(swap.gain, (swap,)) for swap in look.exchanges() if swap.gain > 0]
     for (a, b), there in shifts.items():
         for shift in there:
             if shift.gain > 0:
@@ -60,7 +59,7 @@ def changed(problem: Problem, placement: Placement, change: Change) -> Placement
     """The placement after the change; `placement` itself stays as it is."""
     for shift in change:
         if shift.family == ATTENTION:
-            placement = _with_head_moved(problem, placement, shift)
+            placement = _with_heads_moved(problem, placement, shift)
         else:
             share = placement.shares[shift.which[0]]
             incoming = share.incoming | {
@@ -73,76 +72,130 @@ def changed(problem: Problem, placement: Placement, change: Change) -> Placement
     return placement
 
 
-def _with_head_moved(problem: Problem, placement: Placement, shift: Shift) -> Placement:
-    heads, kept, holder = dict(placement.heads), placement.kept[ATTENTION], placement.head_holder
-    heads[shift.a] = sorted({*heads[shift.a], *shift.back}.difference(shift.which))
-    heads[shift.b] = sorted([*heads[shift.b], *shift.which])
-    if shift.back:
-        kept = kept | {shift.b: tuple(head for head in kept[shift.b] if head not in shift.back)}
-        holder = holder | dict.fromkeys(shift.back, shift.b)
+def _with_heads_moved(problem: Problem, placement: Placement, shift: Shift) -> Placement:
+    kept, given = placement.kept[ATTENTION], set(shift.back)
+    holder = placement.head_holder | dict.fromkeys(given.intersection(kept[shift.b]), shift.b)
+    kept = kept | {shift.b: tuple(head for head in kept[shift.b] if head not in given)}
+    heads = placement.heads | {
+        shift.a: sorted({*placement.heads[shift.a], *given}.difference(shift.which)),
+        shift.b: sorted({*placement.heads[shift.b], *shift.which} - given),
+    }
     kept_kv, kv = kv_after(problem, kept, heads)
     return replace(
         placement, heads=heads, head_holder=holder, kept=placement.kept | {ATTENTION: kept, KV: kept_kv}, kv=kv
     )
 
 
-def _family_shifts(problem: Problem, placement: Placement, family: str, far: Mapping[str, float]) -> Iterator[Shift]:
-    """For each ordered pair of devices at most one shift of a unit of the family (of q heads: one per KV group)."""
-    if family == ATTENTION:
-        yield from _head_shifts(problem, placement, far)
-        return
-    shares = [(i, share) for i, share in enumerate(placement.shares) if share.family == family]
-    givers, takers = _open_ends(problem, placement, family, [share for _, share in shares])
-    size = problem.size(family)
-    for a in givers:
-        for b in takers:
-            if a != b and far[a] != far[b]:
-                which = next((i for i, s in shares if _can_shift(s, a, b)), None)
-                if which is not None:
-                    yield Shift(family, a, b, (which,), size * (far[a] - far[b]))
-
-
 def _can_shift(share: Share, a: str, b: str) -> bool:
     return share.incoming[a] > share.least[a] and share.incoming[b] < share.most[b]
 
 
-def _open_ends(problem: Problem, placement: Placement, family: str, shares: list[Share]) -> tuple[list[str], list[str]]:
-    """Devices that may end with one unit less, and with one more, over all layers together."""
-    if family != EXPERT:
-        return list(problem.devices), list(problem.devices)
-    width = {d: len(placement.kept[family][d]) + sum(s.incoming[d] for s in shares) for d in problem.devices}
-    low, high = problem.total_bounds(family, placement.sizes(family))
-    return [d for d in width if width[d] > low[d]], [d for d in width if width[d] < high[d]]
+class _Look:
+    """What could change in a placement, and what that should gain."""
 
+    def __init__(self, problem: Problem, placement: Placement, prices: Sequence[float]):
+        self.problem, self.placement, self.prices = problem, placement, prices
+        self._trees: dict[tuple[str, ...], Mapping[str, float]] = {}
+        self._kv: dict[tuple[int, str], float] = {}
 
-def _head_shifts(problem: Problem, placement: Placement, far: Mapping[str, float]) -> Iterator[Shift]:
-    kept, heads = placement.kept[ATTENTION], placement.heads
-    width = {d: len(kept[d]) + len(heads[d]) for d in problem.devices}
-    low, high = problem.bounds(problem.num_heads)
-    size, kv_size = problem.size(ATTENTION), problem.kv_bytes
-    for a in problem.devices:
-        one_each = {problem.kv_head_of(head): head for head in heads[a]}
-        for group, head in one_each.items() if width[a] > low[a] else ():
-            alone = sum(problem.kv_head_of(h) == group for h in (*kept[a], *heads[a])) == 1
-            closes = kv_size * far[a] if alone and group in placement.kv[a] else 0.0
-            for b in problem.devices:
-                if a == b or width[b] >= high[b] or far[a] == far[b]:
-                    continue
-                there = group in placement.kv[b] or group in problem.held.get(KV, {}).get(b, ())
-                opens = 0.0 if there else kv_size * far[b]
-                yield Shift(ATTENTION, a, b, (head,), size * (far[a] - far[b]) + closes - opens)
+    def far(self, sources: tuple[str, ...], device: str) -> float:
+        """Seconds per byte from the nearest of `sources`."""
+        if sources not in self._trees:
+            self._trees[sources], _ = self.problem.network.cheapest(dict.fromkeys(sources, 0.0), self.prices)
+        return self._trees[sources].get(device, math.inf)
 
+    def head(self, head: int, device: str) -> float:
+        """What it costs that `device` gets a q head."""
+        problem, placement = self.problem, self.placement
+        if head in placement.kept[ATTENTION].get(device, ()):
+            return 0.0
+        holder = placement.head_holder.get(head)
+        if holder is None:
+            holder = next((d for d, heads in placement.kept[ATTENTION].items() if head in heads), None)
+        sources = problem.stores if holder is None else (holder, *problem.stores)
+        return problem.size(ATTENTION) * self.far(sources, device)
 
-def _exchanges(problem: Problem, placement: Placement, far: Mapping[str, float]) -> Iterator[Shift]:
-    """The q heads for which alone `a` would need a KV head, for as many that `b` has and whose KV heads are at `a`."""
-    kept, heads, held_kv = placement.kept[ATTENTION], placement.heads, problem.held.get(KV, {})
-    for a in problem.devices:
-        for group in placement.kv[a]:
-            mine = tuple(head for head in heads[a] if problem.kv_head_of(head) == group)
-            for b in problem.devices:
-                back = [h for h in reversed(kept[b]) if problem.kv_head_of(h) in held_kv.get(a, ())][: len(mine)]
-                there = group in placement.kv[b] or group in held_kv.get(b, ())
-                costs = len(mine) * problem.size(ATTENTION) + (0 if there else problem.kv_bytes)
-                gain = problem.kv_bytes * far[a] - costs * far[b]
-                if a != b and len(back) == len(mine) and gain > 0:
-                    yield Shift(ATTENTION, a, b, mine, gain, tuple(back))
+    def kv(self, group: int, device: str) -> float:
+        """What it costs that `device` gets a KV head, and its plane, if it has not held them."""
+        problem, key = self.problem, (group, device)
+        if KV not in problem.families or group in problem.held[KV].get(device, ()):
+            return 0.0
+        if key not in self._kv:
+            self._kv[key] = 0.0
+            for family in (KV, PLANE) if problem.plane_bytes else (KV,):
+                sources = (*problem.holders(family, group), *problem.stores_of(family))
+                if sources:  # else it is replayed
+                    self._kv[key] += problem.size(family) * self.far(sources, device)
+        return self._kv[key]
+
+    def mine(self, device: str) -> dict[int, list[int]]:
+        """q heads that the device will have, by KV head, those it receives first."""
+        groups: dict[int, list[int]] = {}
+        for head in (*self.placement.heads[device], *reversed(self.placement.kept[ATTENTION][device])):
+            groups.setdefault(self.problem.kv_head_of(head), []).append(head)
+        return groups
+
+    def shifts(self) -> Iterator[Shift]:
+        """For each ordered pair of devices at most one shift of a unit of each family (of q heads: one per group)."""
+        for family in self.problem.families:
+            if family == ATTENTION:
+                yield from self._head_shifts()
+            elif family != KV:
+                yield from self._unit_shifts(family)
+
+    def _unit_shifts(self, family: str) -> Iterator[Shift]:
+        shares = [(i, share) for i, share in enumerate(self.placement.shares) if share.family == family]
+        givers, takers = self._open_ends(family, [share for _, share in shares])
+        size, stores = self.problem.size(family), self.problem.stores
+        for a in givers:
+            for b in takers:
+                gain = size * (self.far(stores, a) - self.far(stores, b))
+                if a != b and gain:
+                    which = next((i for i, share in shares if _can_shift(share, a, b)), None)
+                    if which is not None:
+                        yield Shift(family, a, b, (which,), gain)
+
+    def _open_ends(self, family: str, shares: list[Share]) -> tuple[list[str], list[str]]:
+        """Devices that may end with one unit less, and with one more, over all layers together."""
+        problem, placement = self.problem, self.placement
+        if family != EXPERT:
+            return list(problem.devices), list(problem.devices)
+        width = {d: len(placement.kept[family][d]) + sum(s.incoming[d] for s in shares) for d in problem.devices}
+        low, high = problem.total_bounds(family, placement.sizes(family))
+        return [d for d in width if width[d] > low[d]], [d for d in width if width[d] < high[d]]
+
+    def _head_shifts(self) -> Iterator[Shift]:
+        mine = {device: self.mine(device) for device in self.problem.devices}
+        width = {device: sum(map(len, groups.values())) for device, groups in mine.items()}
+        low, high = self.problem.bounds(self.problem.num_heads)
+        for a, groups in mine.items():
+            for group, heads in groups.items() if width[a] > low[a] else ():
+                if heads[0] in self.placement.heads[a]:
+                    closes = self.kv(group, a) if len(heads) == 1 else 0.0
+                    for b in mine:
+                        if a != b and width[b] < high[b]:
+                            opens = 0.0 if group in mine[b] else self.kv(group, b)
+                            gain = closes - opens + self.head(heads[0], a) - self.head(heads[0], b)
+                            if gain:
+                                yield Shift(ATTENTION, a, b, (heads[0],), gain)
+
+    def exchanges(self) -> Iterator[Shift]:
+        """The q heads for which alone `a` needs a copy of a KV head, for as many that `b` has and whose KV heads are,
+        or come, to `a` anyway."""
+        held = self.problem.held.get(KV, {})
+        mine = {device: self.mine(device) for device in self.problem.devices}
+        for a in mine:
+            for group in self.placement.kv[a]:
+                given = mine[a][group]
+                there = {*held.get(a, ()), *self.placement.kv[a]} - {group}
+                before = self.kv(group, a) + sum(self.head(head, a) for head in given)
+                for b in mine:
+                    back = [head for g, heads in mine[b].items() if g in there for head in heads][: len(given)]
+                    if a != b and len(back) == len(given):
+                        gain = before - sum(self.head(head, b) for head in given) - self._taken(back, a, b)
+                        gain -= 0.0 if group in mine[b] else self.kv(group, b)
+                        yield Shift(ATTENTION, a, b, tuple(given), gain, tuple(back))
+
+    def _taken(self, back: Sequence[int], a: str, b: str) -> float:
+        """What it costs that `a` receives these q heads, and `b` does not have them."""
+        return sum(self.head(head, a) - self.head(head, b) for head in back)

@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from anchortp.layout import ATTENTION, EXPERT, KV
-from anchortp.plan.heads import kv_after, place_heads, spread_heads
-from anchortp.plan.loads import Load, way
+from anchortp.plan.heads import kv_after, place_heads
+from anchortp.plan.loads import Load
 from anchortp.plan.problem import Problem
 from anchortp.plan.retain import Pool, by_group, copies_of, drop_copies, retain
 
@@ -118,24 +118,6 @@ def _shares(problem: Problem, family: str, widths: Widths) -> tuple[dict[str, tu
 
 
 # ------------------------------------------------------------------------------------------------- variants
-
-
-def spread_released_heads(problem: Problem, placement: Placement) -> Placement:
-    """The placement with the q heads that living devices give up dealt out anew, evenly over the pairs of devices.
-    Each device receives as many as before."""
-    holder = placement.head_holder
-    lost = {d: [h for h in heads if h not in holder] for d, heads in placement.heads.items()}
-    lost_kv = kv_after(problem, placement.kept[ATTENTION], lost)
-    moved = spread_heads(
-        holder,
-        {head: problem.kv_head_of(head) for head in holder},
-        {d: {*lost_kv[0][d], *lost_kv[1][d]} for d in problem.devices},
-        {d: len(heads) - len(lost[d]) for d, heads in placement.heads.items()},
-        {(s, d): way(problem, s, d) if s != d else 0.0 for s in set(holder.values()) for d in problem.devices},
-    )
-    heads = {d: sorted([*lost[d], *moved[d]]) for d in problem.devices}
-    kept_kv, kv = kv_after(problem, placement.kept[ATTENTION], heads)
-    return replace(placement, heads=heads, kept=placement.kept | {KV: kept_kv}, kv=kv)
 
 
 def interval_heads(problem: Problem, placement: Placement) -> Placement:

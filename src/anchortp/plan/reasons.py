@@ -66,7 +66,7 @@ def _copies(problem: Problem, pieces: Sequence[Piece]) -> Iterator[str]:
             and piece.source not in problem.holders(family, piece.unit)
         )
         if forwarded:
-            yield f"{what} that are lost are read once and forwarded by {', '.join(sorted(forwarded))} as they arrive"
+            yield f"{what} that several devices need are forwarded by {', '.join(sorted(forwarded))} as they arrive"
 
 
 def _relays(problem: Problem, pieces: Sequence[Piece]) -> Iterator[str]:

@@ -399,8 +399,10 @@ def local(
     *,
     copy_bytes_per_s: float = 20 * GB,
     bus_bytes_per_s: float = 40 * GB,
+    host_bytes_per_s: float | None = None,
 ) -> Topology:
-    """Virtual CPU devices of one machine: each copies at `copy_bytes_per_s`, all share one memory bus."""
+    """Virtual CPU devices of one machine: each copies at `copy_bytes_per_s`, all share one memory bus. All together
+    read the checkpoint at `host_bytes_per_s`: by default as fast as the bus allows."""
     places = [
         Place(name="host", kind="host"),
         Place(name="in", kind="switch"),
@@ -408,7 +410,7 @@ def local(
     ]
     places += [Place(name=device, kind="device") for device in devices]
     links = [Link(src="in", dst="bus", bytes_per_s=bus_bytes_per_s)]
-    links.append(Link(src="host", dst="in", bytes_per_s=bus_bytes_per_s))
+    links.append(Link(src="host", dst="in", bytes_per_s=host_bytes_per_s or bus_bytes_per_s))
     for device in devices:
         links.append(Link(src=device, dst="in", bytes_per_s=copy_bytes_per_s))
         links.append(Link(src="bus", dst=device, bytes_per_s=copy_bytes_per_s))

@@ -23,10 +23,10 @@ from anchortp.plan.routing import Commodity, NoRoom, Routing, route_all
 Widths = dict[tuple[str, int], dict[str, int]]  # (family, index of the group) -> device -> units
 
 
-def best_widths(problem: Problem, placement: Placement) -> Widths | None:
+def best_widths(problem: Problem, placement: Placement) -> tuple[Widths, tuple[float, ...]] | None:
     """Widths for all groups in which a living device gives up units in `placement`, q heads included, chosen so that
-    the fullest link would be least full if units could be split. None if there are none, or too many devices for it
-    to be worth the time."""
+    the fullest link would be least full if units could be split; and the prices of the links then. None if there are
+    none, or too many devices for it to be worth the time."""
     heads = [_head_share(problem, placement)] if placement.head_holder else []
     index: dict[str, int] = {}
     moving: list[tuple[int, Share]] = []
@@ -55,7 +55,7 @@ def best_widths(problem: Problem, placement: Placement) -> Widths | None:
             result[share.family, at] = _whole(problem, share, quota)
     for family in index:
         _even_out(problem, family, placement, result)
-    return result
+    return result, routing.prices
 
 
 def _route(

@@ -31,7 +31,7 @@ from typing import Any
 
 from anchortp.errors import ConfigError, DoesNotFit
 from anchortp.layout import ATTENTION, KV, Layout, ModelUnits, Shard, check_devices, empty_shard
-from anchortp.plan import POLICIES, REPLICATED, Move, Plan, Problem, Topology, fill_plan, local
+from anchortp.plan import POLICIES, Move, Plan, Problem, Rates, Topology, fill_plan
 from anchortp.recovery import change as ch
 from anchortp.recovery.change import PlannedChange
 from anchortp.recovery.devices import Device, fitting_kv_blocks
@@ -124,7 +124,8 @@ class Coordinator:
 
     `epoch`, `phase`, `deadline_s` (clock time at which a `Tick` is due, None if nothing is awaited), `layout`,
     `num_kv_blocks`, `episodes` (the story, oldest first), `log` (every event with its time, for replay),
-    `speeds` (the present ones), `wants_switch` (feed `Switch` as soon as no step is in flight).
+    `speeds` (the present ones), `rates` (of links, as measured), `wants_switch` (feed `Switch` as soon as no step is
+    in flight).
     """
 
     def __init__(self, units: ModelUnits, config: RecoveryConfig):
@@ -135,6 +136,7 @@ class Coordinator:
         self.phase = IDLE
         self.num_kv_blocks = 0
         self.speeds = dict(config.speeds or {})
+        self.rates = Rates(measured={})
         self.episodes: list[Episode] = []
         self.log: list[tuple[float, Event]] = []
         self._episode: Episode | None = None  # of the latest recovery; a change has its own
@@ -182,6 +184,11 @@ class Coordinator:
     def is_whole(self) -> bool:
         """Every byte of the layout that is served has arrived."""
         return not self._loading
+
+    @property
+    def is_calm(self) -> bool:
+        """Serves, and nothing is changing."""
+        return self.phase == SERVING and self.is_whole and self._change is None and not self._wishes
 
     @property
     def wants_switch(self) -> bool:
@@ -365,19 +372,27 @@ class Coordinator:
             return
         for text in event.rerouted:
             self._say(f"{event.device}: {text}")
+        self.rates = self.rates.fold(event.device, {source: (size, rate) for source, size, rate in event.links})
         if self._change is not None and self._change.step == ch.LOADING:
             self._loaded_behind(event)
             return
         device, episode = self._devices[order.device], self._recovery
         self._count_load(episode, event)
-        if order.fresh:
-            episode.replicated_bytes += self.units.replicated_bytes
+        self._count_arrivals(episode, event.num_bytes, device.shard, order)
         device.shard, device.fresh = order.after, False
-        held = {family: set(order.after[family]) for family in self.units.families}
-        self._missing = {(family, unit) for family, unit in self._missing if unit not in held[family]}
         self._forget_load(event.device)
         if not self._loading:
             self._all_loaded()
+
+    def _count_arrivals(self, episode: Episode, num_bytes: int, before: Shard, order: _Order) -> None:
+        """What was missing is there now; all else that came is a further copy of something."""
+        families = self.units.families
+        came = {(family, unit) for family in families for unit in order.after[family][len(before[family]) :]}
+        found = came & self._missing
+        self._missing -= found
+        replicated = self.units.replicated_bytes if order.fresh else 0
+        episode.replicated_bytes += replicated
+        episode.replica_bytes += num_bytes - replicated - sum(self.units.unit_bytes[family] for family, _ in found)
 
     def _on_load_failed(self, event: LoadFailed) -> None:
         if self._orders.pop(event.ticket, None) is None:
@@ -528,10 +543,9 @@ class Coordinator:
             self._reserve()
 
     def _count_missing(self, plan: Plan) -> None:
-        missing, episode = self._missing_units(), self._recovery
-        episode.lost_bytes += sum(self.units.unit_bytes[f] for f, _ in missing - self._missing)
+        missing = self._missing_units()
+        self._recovery.lost_bytes += sum(self.units.unit_bytes[f] for f, _ in missing - self._missing)
         self._missing = missing
-        episode.replica_bytes += plan.replica_bytes - sum(m.num_bytes for m in plan.moves if m.family == REPLICATED)
         for reason in plan.reasons:
             self._say(reason)
 
@@ -688,8 +702,8 @@ class Coordinator:
         return POLICIES[self.config.policy](problem)
 
     def _topology(self, devices: tuple[str, ...]) -> Topology:
-        """The links of this machine, less those from devices that could not be read."""
-        topology = local(devices)
+        """The links of this machine as they were measured, less those from devices that could not be read."""
+        topology = self.rates.topology(devices)
         if not self._unreadable:
             return topology
         links = tuple(link for link in topology.links if link.src not in self._unreadable)

@@ -130,13 +130,15 @@ class Reserved:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
     """Answer to `Load`: the units of the command are whole in the device's arena. `peer_bytes` of `num_bytes` came
-    from other devices; `rerouted` says in words what did not come from where it was planned to come from."""
+    from other devices; `rerouted` says in words what did not come from where it was planned to come from. `links`:
+    (source, bytes, bytes per second while it was busy), as measured."""
 
     device: str
     ticket: int
     num_bytes: int
     peer_bytes: int = 0
     rerouted: tuple[str, ...] = ()
+    links: tuple[tuple[str, int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from anchortp.layout import EXPERT
@@ -10,13 +11,14 @@ from anchortp.plan.bound import LARGE, lower_bound, price_bound, sizes_of
 from anchortp.plan.deliver import Delivery, deliver
 from anchortp.plan.improve import changed, changes
 from anchortp.plan.loads import into
-from anchortp.plan.placement import interval_heads, place, spread_released_heads
+from anchortp.plan.placement import interval_heads, place
 from anchortp.plan.plan import Plan
 from anchortp.plan.problem import Problem
 from anchortp.plan.reasons import reasons
 from anchortp.plan.widths import best_widths
 
 NEAR = 2e-3  # relative distance to the bound at which the search stops
+FAR = 1.02  # times the bound from which on more is tried, and another cut of the heads
 WORTH = 1 - 1e-4  # a change must bring the time down to this part of it
 MAX_WORK = 6 * 8**2  # placements that are tried, times what one costs: about the square of the number of devices,
 UNITS_PER_WORK = 30  # and a bit for each expert; where units are many and small, odd ones matter less anyway
@@ -31,7 +33,8 @@ def makespan(problem: Problem) -> Plan:
     2. `deliver.py` and `routing.py` split the bytes over replicas, released copies, stores and routes: exact.
     3. The prices of the links that come with it bound what *any* plan can reach (`bound.py`). If that is near, done.
     4. Else odd units are shifted from devices that are dear to reach to cheap ones, alone or in exchange for one of
-       another size (`improve.py`): first what by the prices would just close the gap. What helps is kept.
+       another size, and q heads are exchanged so that devices need fewer KV heads (`improve.py`): first what by the
+       prices would just close the gap. What helps is kept.
 
     Source: this project; the programme of step 2 is the maximum concurrent flow problem (Shahrokhi and Matula
     1990), the bound of step 3 its dual.
@@ -76,35 +79,35 @@ class _Best:
 
 
 def _search(problem: Problem) -> _Best:
-    delivery = _delivery(problem)
+    delivery, prices = _delivery(problem)
     sizes = sizes_of(problem, delivery.placement)
     bound = lower_bound(problem, sizes)
     best = _Best(delivery, bound.seconds, bound.why)
+    if prices and not best.is_near:
+        best.raise_bound(price_bound(problem, prices, sizes), "by the prices of the links")
     cost = len(problem.devices) ** 2 + problem.units.num_units.get(EXPERT, 0) // UNITS_PER_WORK
-    tries = MAX_WORK // cost
+    tries = MAX_WORK // cost * (4 if best.seconds > best.bound_s * FAR else 1)
     while not best.is_near and tries > 0:
         best.raise_bound(price_bound(problem, best.delivery.routing.prices, sizes), "by the prices of the links")
         spent = tries if best.is_near else _step(problem, best, tries)
         tries -= spent
-    if not best.is_near:
+    if best.seconds > best.bound_s * FAR:
         best.delivery = _with_intervals(problem, best.delivery)
     # Where layers force it, all layers together may be less even than the bound assumes.
     best.bound_s = min(best.bound_s, best.seconds)
     return best
 
 
-def _delivery(problem: Problem) -> Delivery:
+def _delivery(problem: Problem) -> tuple[Delivery, Sequence[float]]:
     """The best of the placements that one look at the links leads to; if no living device gives anything up, that is
-    one."""
-    slow = into(problem)
+    one. And the prices of the links, if they were found on the way."""
+    slow, prices = into(problem), ()
     best = deliver(problem, place(problem, slow))
-    widths = best_widths(problem, best.placement)
-    if widths is not None:
+    found = best_widths(problem, best.placement)
+    if found is not None:
+        widths, prices = found
         best = _sooner(best, deliver(problem, place(problem, slow, widths)))
-    if best.placement.head_holder:
-        best = _sooner(best, deliver(problem, spread_released_heads(problem, best.placement)))
-        best = _with_intervals(problem, best)
-    return best
+    return _with_intervals(problem, best) if best.placement.head_holder else best, prices
 
 
 def _with_intervals(problem: Problem, best: Delivery) -> Delivery:
@@ -125,9 +128,8 @@ def _sooner(a: Delivery, b: Delivery) -> Delivery:
 def _step(problem: Problem, best: _Best, tries: int) -> int:
     """Takes the first change that helps. Returns how many were tried: all of `tries` if none helps."""
     prices = best.delivery.routing.prices
-    far, _ = problem.network.cheapest(dict.fromkeys(problem.stores, 0.0), prices)
     placement, aim = best.delivery.placement, best.seconds - best.bound_s
-    for spent, change in enumerate(changes(problem, placement, far, aim)[:tries], 1):
+    for spent, change in enumerate(changes(problem, placement, prices, aim)[:tries], 1):
         delivery = deliver(problem, changed(problem, placement, change), best.seconds * WORTH)
         if delivery.routing.seconds < best.seconds * WORTH:
             best.delivery = delivery

@@ -1,0 +1,131 @@
+"""[controller] Expert load in the life of a service: counts it, asks the balancer, and turns its answers into changes.
+
+`anchortp.eplb` decides; the coordinator carries out, as it does for a device that joins: copies arrive behind the
+steps, and the group switches between two of them. Where only shares change, a message between two steps is enough.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from anchortp.eplb import Limits, LoadWindow, Placement, Rebalance, decide, device_times, placement_of
+from anchortp.eplb.stages import Stage
+from anchortp.layout import EXPERT, Layout, ModelUnits, Part, Shard
+from anchortp.plan import FromHost, FromPeer, Move, Plan
+
+MAX_BYTES = 256 << 20  # copied by one change, so that the next one sees how the load is by then
+# What a byte copied behind the steps costs the service: memory that they do not get meanwhile, at 4 GB/s.
+SECONDS_PER_BYTE = 2.5e-10
+FIRST_STEPS = 32  # counted before anything is decided
+
+
+class ExpertBalancer:
+    """For a mixture of experts whose devices hold whole experts. Decisions are at least `every_s` apart."""
+
+    def __init__(self, units: ModelUnits, every_s: float):
+        moe = units.config.moe
+        assert moe is not None and moe.cut == "experts"
+        self._units, self._every_s = units, every_s
+        self._shape = (units.config.num_layers, moe.num_experts)
+        self._window = LoadWindow()
+        self._wanted: Placement | None = None  # whose shares are in use, or on their way
+        self._due_s = 0.0
+        self._num_steps, self._step_s = 0, 0.0  # since the last report
+        self._mean_step_s = 0.0
+        self._last: Rebalance | None = None
+        self._first_imbalance = 0.0
+        self._num_changes = 0
+
+    def step_done(self, seconds: float, expert_load: bytes) -> None:
+        """After every step. `expert_load`: of rank 0, in some steps; see `messages.StepDone`."""
+        self._num_steps += 1
+        self._step_s += seconds
+        if expert_load:
+            counts = np.frombuffer(expert_load, dtype=np.int32).reshape(self._shape)
+            self._window = self._window.observe(counts, self._num_steps)
+            self._mean_step_s = self._step_s / self._num_steps
+            self._num_steps, self._step_s = 0, 0.0
+
+    def is_due(self, now_s: float) -> bool:
+        return now_s >= self._due_s and self._window.num_steps >= FIRST_STEPS
+
+    def decide(self, layout: Layout, slots: Mapping[str, int], speeds: Mapping[str, float], now_s: float) -> Rebalance:
+        """What to do next. `slots`: expert units that each device has memory for."""
+        limits = Limits(
+            slots=slots,
+            seconds_per_choice=self._seconds_per_choice(layout),
+            seconds_per_byte=SECONDS_PER_BYTE,
+            max_bytes=MAX_BYTES,
+            speeds=speeds,
+        )
+        answer = decide(self._window, layout, self._units, limits, self._wanted)
+        self._due_s = now_s + self._every_s
+        self._first_imbalance = self._first_imbalance or answer.imbalance_before
+        self._last = answer
+        return answer
+
+    def _seconds_per_choice(self, layout: Layout) -> float:
+        """As if a step were experts alone: each layer takes as long as its slowest device."""
+        now = placement_of(layout, self._units, self._wanted)
+        ones = np.ones(len(layout.devices))
+        choices = device_times(self._window.loads, now.shares, ones, np.zeros((self._shape[0], 1))).max(axis=1).sum()
+        return max(self._mean_step_s, 1e-6) / max(float(choices), 1.0)
+
+    def adopt(self, placement: Placement) -> None:
+        """These shares hold from the next step on, or from the next layout on."""
+        self._wanted = placement
+        self._num_changes += 1
+
+    def parts(self, layout: Layout) -> dict[str, dict[int, Part]]:
+        """Per device the parts of tokens, for experts that several devices of the layout hold."""
+        placement = placement_of(layout, self._units, self._wanted)
+        return {device: placement.parts(device) for device in layout.devices}
+
+    def status(self, layout: Layout) -> dict[str, Any]:
+        """JSON-able. `imbalance`: what the slowest device of each layer takes over what the mean device does, all
+        layers together; `first_imbalance`: at the first decision, with one replica each."""
+        loads = self._window.loads if self._window.counts.size else np.zeros(self._shape)
+        placement = placement_of(layout, self._units, self._wanted)
+        times = device_times(loads, placement.shares, np.ones(len(layout.devices)), np.zeros((self._shape[0], 1)))
+        mean = float(times.mean(axis=1).sum())
+        return {
+            "imbalance": float(times.max(axis=1).sum()) / mean if mean else 1.0,
+            "first_imbalance": self._first_imbalance,
+            "replicas": int(placement.num_replicas.sum() - placement.num_replicas.size),
+            "rebalanced": self._num_changes,
+            "device_load": dict(zip(layout.devices, times.sum(axis=0).tolist(), strict=True)),
+            "expert_load": {str(expert): load for expert, load in enumerate(loads.sum(axis=0).tolist())},
+            "reason": self._last.reason if self._last is not None else "",
+        }
+
+
+def plan_of(stage: Stage, layout: Layout, units: ModelUnits, reason: str) -> Plan:
+    """The copies of one stage as moves into slots that are free, and its drops as the layout that remains."""
+    after, moves, size = layout, [], units.unit_bytes[EXPERT]
+    for copy in stage.copies:
+        shard = after[copy.device]
+        source = (
+            FromHost()
+            if copy.source is None
+            else FromPeer(device=copy.source, slot=layout[copy.source][EXPERT].index(copy.unit))
+        )
+        slot = len(shard[EXPERT])
+        moves.append(Move(device=copy.device, family=EXPERT, unit=copy.unit, slot=slot, source=source, num_bytes=size))
+        after = after.with_shard(shard.appended(EXPERT, (copy.unit,)))
+    for shard in after.shards:
+        gone = {drop.unit for drop in stage.drops if drop.device == shard.device}
+        if gone:
+            after = after.with_shard(_without(shard, gone))
+    return Plan(before=layout, after=after, moves=tuple(moves), lost_bytes=0, reasons=(reason,), policy="eplb")
+
+
+def _without(shard: Shard, gone: set[int]) -> Shard:
+    """The experts in the last slots take the places of those that go, so that the fewest move."""
+    units = list(shard[EXPERT])
+    keep = len(units) - len(gone)
+    tail = [unit for unit in units[keep:] if unit not in gone]
+    dense = [tail.pop(0) if unit in gone else unit for unit in units[:keep]]
+    return shard.replaced(EXPERT, dense)
