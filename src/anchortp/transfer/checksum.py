@@ -64,7 +64,7 @@ class SumBook:
     def expected(self, segment: Segment) -> str | None:
         """What the segment should add up to, if that is known."""
         known = self._expected.get(sum_key(segment.family, segment.unit), "")
-        if len(known) != DIGITS * self._geometry.num_segments(segment.family, segment.unit):
+        if len(known) != DIGITS * self._geometry.num_segments[segment.family]:
             return None
         return known[segment.index * DIGITS : (segment.index + 1) * DIGITS]
 
@@ -93,7 +93,7 @@ class SumBook:
         """By `sum_key`, of every unit that is whole."""
         found = {}
         for (family, unit, _), digests in self._digests.items():
-            count = self._geometry.num_segments(family, unit)
+            count = self._geometry.num_segments[family]
             if len(digests) == count:
                 found[sum_key(family, unit)] = "".join(digests[index] for index in range(count))
         return found

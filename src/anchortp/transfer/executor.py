@@ -101,6 +101,7 @@ class Load:
         self._sources: dict[str, Source] = {}
         self._opening = threading.Lock()
         self._cancelled = False
+        self._num_asked = self._asked_bytes = 0  # chunks that the disk was asked for ahead of their time
         self._movers: list[threading.Thread] = []
         self._began_s = 0.0
         self._watcher = threading.Thread(target=self._watch, name="load", daemon=True)
@@ -157,8 +158,6 @@ class Load:
         self._hooks.on_progress(self._progress())
         for _ in range(self._num_movers):
             self._add_mover()
-        prefetcher = threading.Thread(target=self._prefetch, name="load-prefetch", daemon=True)
-        prefetcher.start()
         next_s = self._began_s + PROGRESS_EVERY_S
         while not self._is_over():
             now_s = time.monotonic()
@@ -169,7 +168,6 @@ class Load:
                 self._hurry(now_s)
                 self._over.wait(_WATCH_S)
         self._end()
-        prefetcher.join(STUCK_S)  # it writes nothing; a disk that hangs must not keep the end from being told
 
     def _is_over(self) -> bool:
         """Whether nothing moves any more, and nothing will."""
@@ -279,6 +277,8 @@ class Load:
             return
         try:
             source = self._source(flight.source)
+            if flight.source == HOST:
+                self._prefetch(source)
             source.read(chunk, self._destination.tensor(chunk.start, chunk.stop), lambda: stop.asked_s is not None)
         except Stopped:
             self._failed(flight, f"{chunk}: {flight.source or 'the host'} did not answer in time")
@@ -339,25 +339,19 @@ class Load:
             while not self._cancelled and (left_s := deadline_s - time.monotonic()) > 0.0:
                 self._changed.wait(left_s)
 
-    # ------------------------------------------------------------------------------------------ the prefetcher
-
-    def _prefetch(self) -> None:
+    def _prefetch(self, source: Source) -> None:
         """Asks the disk for what will be read from the host, a window ahead. Cached files cost next to nothing."""
-        asked = 0
-        for chunk in self._queue.chunks:
-            if chunk.source != HOST:
-                asked += chunk.num_bytes
-                continue
-            with self._changed:
-                while not self._is_stopped and asked > self._queue.done_bytes + PREFETCH_BYTES:
-                    self._changed.wait()
-                if self._is_stopped or self.is_whole:
-                    return
-            try:
-                self._source(HOST).prefetch(chunk)
-            except (OSError, AnchorTPError):
-                return  # whoever reads the chunk meets the same error, and reports it
-            asked += chunk.num_bytes
+        with self._changed:
+            stop_bytes = self._queue.done_bytes + PREFETCH_BYTES
+            ahead = []
+            while self._num_asked < len(self._queue.chunks) and self._asked_bytes < stop_bytes:
+                chunk = self._queue.chunks[self._num_asked]
+                self._num_asked += 1
+                self._asked_bytes += chunk.num_bytes
+                if chunk.source == HOST:
+                    ahead.append(chunk)
+        for chunk in ahead:
+            source.prefetch(chunk)
 
 
 def _wrong_sum(flight: Flight) -> str:

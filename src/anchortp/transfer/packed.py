@@ -25,7 +25,7 @@ from torch import Tensor
 
 from anchortp.errors import CheckpointError
 from anchortp.layout import ReplicatedTensor, Shard, UnitTensor
-from anchortp.transfer.checkpoint import fill
+from anchortp.transfer.checkpoint import fill, is_cached
 from anchortp.transfer.checksum import digest_value
 from anchortp.transfer.work import Chunk, Geometry, Region
 
@@ -67,7 +67,7 @@ class PackedColumns:
             return False
         view = memoryview(out.numpy())
         try:
-            fill(self._fd, self._at(chunk.region, chunk.unit) + chunk.first_byte, view)
+            fill(self._fd, self._at(chunk.region, chunk.unit) + chunk.first_byte, [view])
         except (CheckpointError, OSError):
             return False
         for number, segment in zip(numbers, self._geometry.segments(chunk), strict=True):
@@ -85,7 +85,8 @@ class PackedColumns:
     def prefetch(self, chunk: Chunk) -> None:
         """The chunk will be read soon."""
         start = self._at(chunk.region, chunk.unit) + chunk.first_byte
-        os.posix_fadvise(self._fd, start, chunk.num_bytes, os.POSIX_FADV_WILLNEED)
+        if not is_cached(self._fd, start):
+            os.posix_fadvise(self._fd, start, chunk.num_bytes, os.POSIX_FADV_WILLNEED)
 
     def write(self, region: Region, unit: int, index: int, data: memoryview) -> None:
         """Puts in the `index`-th segment of a unit's block, if it is not there. Raises OSError (the disk is full)."""

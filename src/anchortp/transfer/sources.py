@@ -107,7 +107,7 @@ class PeerSource:
         self._on_close = on_close
 
     def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> None:
-        fill(self._arena.fd, chunk.source_start, memoryview(out.numpy()))
+        fill(self._arena.fd, chunk.source_start, [memoryview(out.numpy())])
         self.check_unchanged()
 
     def check_unchanged(self) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 from anchortp.layout import EVERY_FAMILY, EXPERT, VOCAB, ReplicatedTensor, Shard, UnitTensor, WeightAddresses
 from anchortp.plan.plan import REPLICATED, FromHost, FromPeer, Move
@@ -80,9 +81,11 @@ class Chunk:
         return f"{self.region.tensor.key} (copy {self.region.copy}) of {self.region.family} {units}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Segment:
-    """One segment of one unit's block: `[start, stop)` in the arena, the `index`-th of the unit's sum."""
+class Segment(NamedTuple):
+    """One segment of one unit's block: `[start, stop)` in the arena, the `index`-th of the unit's sum.
+
+    A tuple, since a large load makes a hundred thousand of them.
+    """
 
     family: str
     unit: int
@@ -138,10 +141,10 @@ class Geometry:
         position = self.position_of_layer(layer)
         return tuple(replace(region, position=position) for region in self.regions[EXPERT])
 
-    def num_segments(self, family: str, unit: int) -> int:
-        """How many segments all blocks of a unit have together."""
-        last = self.regions_of(family, unit)[-1]
-        return last.first_segment + last.num_segments
+    @cached_property
+    def num_segments(self) -> dict[str, int]:
+        """How many segments all blocks of a unit have together, by family."""
+        return {f: regions[-1].first_segment + regions[-1].num_segments for f, regions in self.regions.items()}
 
     def unit_bytes(self, family: str) -> int:
         return self.units.replicated_bytes if family == REPLICATED else self.units.unit_bytes[family]
@@ -161,14 +164,8 @@ class Geometry:
                 start = block + index * region.segment_bytes
                 stop = min(start + region.segment_bytes, block + region.block_bytes)
                 if start < chunk.stop and stop > chunk.start:
-                    yield Segment(
-                        family=region.family,
-                        unit=chunk.unit + number,
-                        slot=chunk.slot + number,
-                        index=region.first_segment + index,
-                        start=start,
-                        stop=stop,
-                    )
+                    unit, slot = chunk.unit + number, chunk.slot + number
+                    yield Segment(region.family, unit, slot, region.first_segment + index, start, stop)
 
     def chunks(self, moves: Iterable[Move]) -> tuple[Chunk, ...]:
         """The moves of one device cut into chunks, in the order in which a forward pass needs them."""
