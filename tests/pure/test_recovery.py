@@ -812,7 +812,8 @@ def test_a_peer_that_cannot_be_read_is_not_asked_again():
 @settings(deadline=None, max_examples=300)
 @given(st.integers(2, 6), st.integers(1, 8), st.randoms(use_true_random=False))
 def test_any_faults_and_changes_in_any_order_end_well(num_devices, num_events, rng: random.Random):
-    config = replace(CONFIG, pipelined=rng.random() < 0.5, kv_mirror=rng.random() < 0.5)
+    policy = rng.choice(["makespan", "makespan", "units", "cmm", "greedy"])
+    config = replace(CONFIG, policy=policy, pipelined=rng.random() < 0.5, kv_mirror=rng.random() < 0.5)
     world = World(names=devices(num_devices), config=config)
     world.settle(rng)
     for _ in range(num_events):

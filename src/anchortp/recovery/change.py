@@ -71,11 +71,12 @@ def stage(plan: Plan, held: Layout) -> Staging:
     for after in plan.after.shards:
         shard = held[after.device] if after.device in held.devices else empty_shard(after.device)
         moves = []
-        for move in sorted(_loads_of(plan, after.device), key=lambda m: (m.family, m.slot)):
-            slot = len(shard[move.family]) if move.family in EVERY_FAMILY else 0
-            moves += _from_real_slots(replace(move, slot=slot), held)
-            if move.family in EVERY_FAMILY:
-                shard = shard.appended(move.family, range(move.unit, move.unit + move.num_units))
+        for load in sorted(_loads_of(plan, after.device), key=lambda m: (m.family, m.slot)):
+            for move in _of_what_lacks(load, shard):
+                slot = len(shard[move.family]) if move.family in EVERY_FAMILY else 0
+                moves += _from_real_slots(replace(move, slot=slot), held)
+                if move.family in EVERY_FAMILY:
+                    shard = shard.appended(move.family, range(move.unit, move.unit + move.num_units))
         loads[after.device] = tuple(moves)
         staged = staged.with_shard(shard)
     target = Layout(shards=tuple(_closed_up(staged[after.device], after) for after in plan.after.shards))
@@ -87,6 +88,18 @@ def _loads_of(plan: Plan, device: str) -> list[Move]:
     assert all(move.stage == 0 for move in loads), "the engine reserves everything first and loads in one stage"
     assert all(move.first_byte == 0 for move in loads), "units come whole"
     return loads
+
+
+def _of_what_lacks(move: Move, shard: Shard) -> Iterator[Move]:
+    """The move without units that the device has after all."""
+    there = set(shard[move.family]) if move.family in EVERY_FAMILY else set()
+    if not any(move.unit + i in there for i in range(move.num_units)):
+        yield move
+        return
+    size = move.num_bytes // move.num_units
+    for i in range(move.num_units):
+        if move.unit + i not in there:
+            yield replace(move, unit=move.unit + i, num_units=1, num_bytes=size)
 
 
 def _from_real_slots(move: Move, held: Layout) -> Iterator[Move]:
