@@ -477,7 +477,7 @@ def test_story_is_json_able_and_its_phases_add_up():
     told = world.coordinator.episodes[-1].as_dict()
     assert told["bytes"]["copied"] == 0 and told["outcome"] == "serving"
     assert sum(told["phases"].values()) == pytest.approx(told["seconds"])
-    assert any("ready before" in line["text"] for line in told["timeline"]), "why the plan is as it is"
+    assert any("nothing is passed on" in line["text"] for line in told["timeline"]), "why the plan is as it is"
 
 
 def test_speeds_weigh_the_shards():

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from anchortp.layout import Layout, UnitCatalog
+from anchortp.plan.bound import lower_bound
+from anchortp.plan.cost import predict
 from anchortp.plan.plan import Plan
 from anchortp.plan.policies import Policy, makespan
+from anchortp.plan.policies import units as sets_of_units
 from anchortp.plan.problem import Problem
 from anchortp.plan.rates import CHECKPOINT_BYTES_PER_S
 from anchortp.plan.topology import Topology, local
@@ -19,6 +23,7 @@ def plan_change(
     *,
     topology: Topology | None = None,
     policy: Policy = makespan,
+    min_gain_s: float = 0.0,
     speeds: Mapping[str, float] | None = None,
     memory_bytes: Mapping[str, int] | None = None,
 ) -> Plan:
@@ -31,6 +36,9 @@ def plan_change(
     `topology`: by default one machine whose devices share its memory, by whatever names; what a device holds is copied
     rather than read from the checkpoint.
 
+    `min_gain_s`: what `policy` must be able to win over `units`, by which devices that stay neither give nor pass on
+    anything; else that is the plan. For a recovery, which can go on before the last byte has arrived if so.
+
     For whoever carries it out, device by device: every move brings whole units from one place, a store or a device
     that held them before (`FromPeer`), so that all moves of a stage can run in any order; nothing is relayed and
     nothing is forwarded. KV planes are not in it: each goes with its KV head, relocations included.
@@ -38,15 +46,21 @@ def plan_change(
     Raises DoesNotFit if nobody is left, or with the numbers if the model does not fit `memory_bytes`.
     """
     names = tuple(dict.fromkeys((*held.devices, *devices)))
-    return policy(
-        Problem(
-            units=units,
-            before=held,
-            devices=tuple(devices),
-            topology=topology or local(names, host_bytes_per_s=CHECKPOINT_BYTES_PER_S),
-            speeds=speeds,
-            memory_bytes=memory_bytes,
-            relays=False,
-            parts=False,
-        )
+    problem = Problem(
+        units=units,
+        before=held,
+        devices=tuple(devices),
+        topology=topology or local(names, host_bytes_per_s=CHECKPOINT_BYTES_PER_S),
+        speeds=speeds,
+        memory_bytes=memory_bytes,
+        relays=False,
+        parts=False,
     )
+    if min_gain_s <= 0.0:
+        return policy(problem)
+    still = sets_of_units(problem)
+    seconds, bound_s = predict(still, problem.network).makespan_s, lower_bound(problem).seconds
+    if seconds - bound_s >= min_gain_s:
+        return policy(problem)
+    why = f"nothing is passed on: at best that would save {1e3 * (seconds - bound_s):.1f} of {1e3 * seconds:.1f} ms"
+    return replace(still, reasons=(*still.reasons, why), bound_s=bound_s)

@@ -83,6 +83,8 @@ IDLE, LEAVING, CENSUS, ADOPTING, ATTACHING = "idle", "leaving", "census", "adopt
 COMPACTING, RESERVING, LOADING, RESTORING = "compacting", "reserving", "loading", "restoring"
 ARRANGING, FORMING, SERVING, REFUSING = "arranging", "forming", "serving", "refusing"
 ENGINE_POLICIES = ("makespan", "units", "cmm", "greedy")  # `reload` is what a restart does
+# What passing units on between survivors must win: the group waits for the last byte then, and slots are closed.
+MIN_GAIN_S = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -681,20 +683,29 @@ class Coordinator:
             plan = fill_plan(self.units, self.members, self.speeds)
             staging = ch.stage(plan, self.layout)
             return plan, staging, self._fitting_kv_blocks(staging.staged)
-        return self._plan_for(self.members, self.speeds)
+        return self._plan_for(self.members, self.speeds, hurry=True)
 
-    def _plan_for(self, devices: tuple[str, ...], speeds: Mapping[str, float]) -> tuple[Plan, ch.Staging, int]:
-        """To the group of `devices`, from what is held now. Where memory is short, `units` plans instead if that
-        leaves more for KV: nobody receives what somebody else still holds.
+    def _plan_for(
+        self, devices: tuple[str, ...], speeds: Mapping[str, float], *, hurry: bool
+    ) -> tuple[Plan, ch.Staging, int]:
+        """To the group of `devices`, from what is held now. `hurry`: requests wait for it. Where memory is short,
+        `units` plans instead if that leaves more for KV: nobody receives what somebody else still holds.
 
         Raises DoesNotFit, ConfigError.
         """
         held = ch.distinct(Layout(shards=tuple(d.shard for d in self._devices.values() if not d.fresh)))
         topology = self._topology(tuple(dict.fromkeys((*held.devices, *devices))))
+        min_gain_s = MIN_GAIN_S if hurry and self.config.policy == "makespan" else 0.0
 
         def attempt(policy: str) -> tuple[Plan, ch.Staging, int]:
             plan = plan_change(
-                self.units, held, devices, topology=topology, policy=POLICIES[policy], speeds=dict(speeds) or None
+                self.units,
+                held,
+                devices,
+                topology=topology,
+                policy=POLICIES[policy],
+                min_gain_s=min_gain_s,
+                speeds=dict(speeds) or None,
             )
             staging = ch.stage(plan, self.layout)
             return plan, staging, self._fitting_kv_blocks(staging.staged)
@@ -844,7 +855,7 @@ class Coordinator:
                 plan, change.staging = wish.plan, ch.stage(wish.plan, self.layout)
                 blocks = self._fitting_kv_blocks(change.staging.staged)
             else:
-                plan, change.staging, blocks = self._plan_for(devices, self._speeds_after(wish))
+                plan, change.staging, blocks = self._plan_for(devices, self._speeds_after(wish), hurry=False)
         except (DoesNotFit, ConfigError) as error:
             self._give_up_change(str(error))
             return
