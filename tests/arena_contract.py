@@ -65,6 +65,13 @@ def get(name, at, size):
         return bytes(memory[at : at + size].cpu().numpy())
     return ctypes.string_at(memory + at, size) if isinstance(memory, int) else memory[at : at + size]
 
+def verdict(work):
+    from anchortp.engine.device_errors import verdict_of
+    try:
+        return work()
+    except Exception as error:
+        return verdict_of(error, attaching=False)
+
 def hand_over(epoch, name, ranges):
     global client
     client.close()
@@ -136,6 +143,9 @@ class World:
     def anchor_fds(self) -> int:
         return len(os.listdir(f"/proc/{self._anchor_pid}/fd"))
 
+    def log(self) -> str:
+        return anchor_log(self.runtime_dir, self.device).read_text()
+
     def crash_anchor(self) -> None:
         process.kill(self._anchor, signal.SIGKILL)
         assert process.wait_gone(self._anchor, DEADLINE_S)
@@ -149,6 +159,13 @@ class World:
         return self._closing.enter_context(
             AnchorClient.connect(self.runtime_dir, self.device, role, timeout_s=DEADLINE_S)
         )
+
+    def client_of(self, device: str) -> AnchorClient:
+        """Of another device's anchor, which ends with the test."""
+        client = AnchorClient.connect(self.runtime_dir, device, "controller", timeout_s=DEADLINE_S)
+        self._closing.callback(client.close)
+        self._closing.callback(client.shutdown)
+        return client
 
     def worker(self) -> Worker:
         worker = Worker(self.runtime_dir, self.device)
@@ -183,8 +200,7 @@ class ArenaContract:
                 yield world
             finally:
                 world.close()
-            log = anchor_log(runtime_dir, self.device).read_text()
-            assert "bug" not in log and "Traceback" not in log, log
+            assert "bug" not in world.log() and "Traceback" not in world.log(), world.log()
             assert sorted(os.listdir("/proc/self/fd")) == fds
             assert "anchortp:" not in Path("/proc/self/maps").read_text()
         finally:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from anchortp.devices import Device, check_engine_devices, parse_device
 from anchortp.errors import ConfigError, UnsupportedModel
 
 DType = Literal["bfloat16", "float32"]
+_CACHE_LINE_BYTES = 64  # to which slots are rounded up
+
 DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4}
 
 ExpertCut = Literal["experts", "columns"]
@@ -85,6 +87,7 @@ class ModelConfig:
     dtype: DType
     eos_token_ids: tuple[int, ...] = ()
     moe: MoEConfig | None = None
+    panels: bool = False  # column-parallel weights lie in the arena in panels (`layout.units`)
 
     @property
     def q_heads_per_kv(self) -> int:
@@ -282,7 +285,7 @@ class EngineConfig:
     kv_blocks: int = 2048
     num_spares: int = 1
     threads_per_worker: int = 1
-    collectives: Literal["shm", "gloo"] = "shm"
+    collectives: Literal["shm", "gloo", "peer", "nccl"] = "shm"
     plan_policy: Literal["makespan", "units", "cmm", "greedy"] = "makespan"
     eplb: bool = True  # of a mixture of experts: replicate hot ones where memory allows
     eplb_interval_s: float = 10.0
@@ -291,6 +294,28 @@ class EngineConfig:
     min_step_deadline_s: float = 2.0
     packed_folder: str = ""  # where row-parallel weights are kept as rows (`transfer.packed`); "": nowhere
     kv_mirror_slots: int = 0  # blocks, with all KV heads, that the host's mirror holds; 0: no mirror
+
+    @property
+    def page_bytes(self) -> int:
+        """The step in which the devices commit memory."""
+        return parse_device(self.devices[0]).page_bytes
+
+    @property
+    def gpus(self) -> tuple[int, ...]:
+        """The indices of the GPUs that the devices are on."""
+        return tuple(sorted({d.index for d in map(parse_device, self.devices) if d.kind == "cuda"}))
+
+    @property
+    def slot_bytes(self) -> int:
+        """Room for the largest all-reduce, one step's hidden states in float32; larger gathers go in pieces."""
+        return self.max_batch_tokens * self.model.hidden_size * 4
+
+    @property
+    def peer_slots_bytes(self) -> int:
+        """What collectives take of each device's own memory: two slots, as `comm.peer` wants them."""
+        if self.collectives != "peer":
+            return 0
+        return -(-2 * (self.slot_bytes + _CACHE_LINE_BYTES) // self.page_bytes) * self.page_bytes
 
     @property
     def min_kv_blocks(self) -> int:
@@ -304,6 +329,7 @@ def resolve_engine_config(
     runtime_dir: str | Path,
     devices: tuple[str, ...],
     dtype: str = "auto",
+    weights: str = "auto",
     expert_cut: str = "experts",
     device_memory_bytes: int | None = None,
     max_model_len: int | None = None,
@@ -313,17 +339,26 @@ def resolve_engine_config(
     max_num_seqs: int = 16,
     max_batch_tokens: int = 512,
     kv_block_size: int = 16,
+    collectives: str = "auto",
     **more: Any,
 ) -> EngineConfig:
     """Resolves what was left open from the model and this machine, and freezes it.
 
+    `weights`: "plain", or "auto", packed where that is known to be what the CPU's matmul reads fastest.
     `device_memory_bytes`: an equal share of 80 % of the memory that is free now. `max_model_len`: the model's,
     but at most 8192. `kv_tokens`: every sequence at full length. `kv_mirror`: "host" or "off"; `kv_mirror_bytes`:
     room for the whole KV cache, but at most a tenth of the free memory. `expert_cut`: see `MoEConfig.cut`.
+    `collectives`: shared memory on the host; on GPUs NCCL, and memory that all map where devices share a GPU.
     Raises ConfigError.
     """
     model = load_model_config(model_folder, dtype, expert_cut)
-    check_device_names(devices)
+    parsed = check_engine_devices(devices)
+    if parsed[0].kind == "cuda" and device_memory_bytes is None:
+        raise ConfigError("devices on GPUs need a budget; give each one with --device-memory, as 20G.")
+    if weights not in ("auto", "plain"):
+        raise ConfigError(f"weights is {weights!r}; choose 'auto' or 'plain'.")
+    if weights == "auto" and model.dtype == "bfloat16" and parsed[0].kind != "cuda" and reads_panels():
+        model = replace(model, panels=True)
     max_model_len = max_model_len or min(model.max_position, 8192)
     if not 2 <= max_model_len <= model.max_position:
         raise ConfigError(f"max_model_len is {max_model_len}; this model takes from 2 to {model.max_position} tokens.")
@@ -348,16 +383,31 @@ def resolve_engine_config(
         kv_blocks=kv_blocks,
         kv_mirror_slots=_mirror_slots(model, kv_mirror, kv_mirror_bytes, kv_block_size, kv_blocks),
         threads_per_worker=max(1, cores // max(1, len(devices))),
+        collectives=_resolve_collectives(collectives, parsed),  # type: ignore[arg-type]
         **more,
     )
 
 
-def check_device_names(devices: Iterable[str]) -> None:
-    """Raises ConfigError."""
-    for device in devices:
-        kind, _, index = device.partition(":")
-        if kind != "cpu" or not index.isdecimal():
-            raise ConfigError(f"device {device!r}: only CPU devices (cpu:0, cpu:1, ...) are supported.")
+def _resolve_collectives(collectives: str, devices: tuple[Device, ...]) -> str:
+    kind, share = devices[0].kind, any(device.part is not None for device in devices)
+    if collectives == "auto":
+        return "shm" if kind != "cuda" else "peer" if share else "nccl"
+    fitting = {"cpu": ("shm", "gloo"), "sim": ("shm", "gloo", "peer"), "cuda": ("shm", "peer", "nccl")}[kind]
+    if collectives not in fitting or (collectives == "nccl" and share):
+        why = "NCCL wants a GPU per rank" if collectives == "nccl" and share else f"{kind} devices have not that kind"
+        choices = ", ".join(name for name in fitting if not (share and name == "nccl"))
+        raise ConfigError(f"collectives {collectives!r}: {why}; choose auto, or one of {choices}.")
+    return collectives
+
+
+def reads_panels() -> bool:
+    """Whether this CPU is one on which oneDNN's bfloat16 weights are known to come in the panels of `layout.units`."""
+    flags: set[str] = set()
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("flags"):
+            flags = set(line.split())
+            break
+    return "avx512_bf16" in flags and "amx_bf16" not in flags
 
 
 def _mirror_slots(model: ModelConfig, kv_mirror: str, num_bytes: int | None, block_size: int, kv_blocks: int) -> int:

@@ -89,9 +89,9 @@ class DeviceFull(BudgetExceeded):
 
     def __str__(self) -> str:
         return (
-            f"{self.device}: the GPU has no room for {self.requested_bytes} bytes more, though only "
-            f"{self.committed_bytes} of the budget of {self.budget_bytes} bytes are in use. End what else uses the "
-            f"GPU, or start the anchors of its devices with smaller budgets."
+            f"{self.device}: the GPU has no room for {in_words(self.requested_bytes)} more, though only "
+            f"{in_words(self.committed_bytes)} of the budget of {in_words(self.budget_bytes)} are in use. End "
+            f"what else uses the GPU, or start the anchors of its devices with smaller budgets."
         )
 
 

@@ -10,7 +10,7 @@ import random
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -271,9 +271,10 @@ def load_group(
     num_blocks: int = 64,
     dtype: str = "auto",
     expert_cut: str = "experts",
+    panels: bool = False,
 ) -> TPGroup:
     """A `TPGroup` over the model in `folder`; `layout` may be a number of devices with equal shards."""
-    units = model_units(load_model_config(folder, dtype, expert_cut))
+    units = model_units(replace(load_model_config(folder, dtype, expert_cut), panels=panels))
     if isinstance(layout, int):
         layout = initial_layout(units, devices(layout))
     return TPGroup(folder, units, layout, block_size, num_blocks)

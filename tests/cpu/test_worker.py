@@ -6,8 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from anchortp.devices import parse_device
 from anchortp.engine import messages as m
 from anchortp.engine import worker as worker_module
+from anchortp.engine.accelerator import Accelerator
 from anchortp.engine.faults import FaultProbe, Strike, fired_strikes
 from anchortp.engine.worker import Worker
 from anchortp.errors import ChannelClosed, ChannelTimeout
@@ -38,7 +40,8 @@ def worker_of(anchor: Anchor) -> tuple[Worker, Channel]:
     channel = Channel()
     worker = Worker(channel)
     probe = FaultProbe((), "/nowhere", lambda kind: None)
-    worker._assignment = SimpleNamespace(device="cpu:0", anchor=anchor, probe=probe)
+    accelerator = Accelerator.of(parse_device("cpu:0"))
+    worker._assignment = SimpleNamespace(device="cpu:0", anchor=anchor, probe=probe, accelerator=accelerator)
     return worker, channel
 
 

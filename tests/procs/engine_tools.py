@@ -119,11 +119,12 @@ class Driver:
         self.strikes = strikes
         keep_anchors = options.pop("keep_anchors", False)
         timeouts = options.pop("recovery", {})
+        kind = options.pop("kind", "cpu:")
         defaults = {"device_memory_bytes": DEVICE_MEMORY_BYTES}
         self.config = resolve_engine_config(
             folder,
             runtime_dir=runtime_dir,
-            devices=tuple(f"cpu:{i}" for i in range(devices)),
+            devices=tuple(f"{kind}{i}" for i in range(devices)),
             **defaults | options,
         )
         self.engine = _Watched(self.config, strikes=strikes, keep_anchors=keep_anchors, changed=self.changed)

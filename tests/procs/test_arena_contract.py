@@ -30,3 +30,19 @@ class TestChunks(ArenaContract):
         worker.do("attach('kv', 1)")
         worker.kill()
         assert world.anchor_fds() <= before + 1  # the killed worker's connection may not have been dropped yet
+
+    def test_hardware_that_its_worker_reports_lost_ends_its_anchor_and_nothing_else(self, world: World) -> None:
+        client, page = world.client(), world.page
+        client.create_arena("kv", page, 1).close()
+        client.commit("kv", [(0, page)], 1)
+        worker, bystander = world.worker(), world.worker()
+        assert bystander.ask("client.report_lost('I say so', 1)").startswith("StateError")
+        worker.do("client.lease(1)")
+        for process_ in (worker, bystander):
+            process_.do("attach('kv', 1)")
+        worker.do("put('kv', 0, b'bytes')")
+        worker.do("client.report_lost('uncorrectable ECC error', 1)")
+        world.wait_anchor_gone()
+        assert client.is_gone()
+        assert bystander.ask("get('kv', 0, 5)") == "b'bytes'"
+        assert "lost: uncorrectable ECC error" in world.log()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import multiprocessing
 import os
 import random
@@ -22,7 +23,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anchortp.comm import GlooGroup, Group, ShmGroup, ShmRegion
+from anchortp.comm import GlooGroup, Group, PeerGroup, ShmGroup, ShmRegion, StagedGroup
 from anchortp.errors import GroupError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
@@ -32,7 +33,7 @@ DEADLINE_S = 30.0
 SLOT_BYTES = 4096
 TWO_PHASE_FROM = 512  # floats: half of a slot, so that small tensors reach all the paths
 DTYPES = (torch.float32, torch.bfloat16)
-BACKENDS = ("shm", "gloo")
+BACKENDS = ("shm", "gloo", "peer", "staged")
 
 
 # --- ranks as processes
@@ -61,14 +62,49 @@ def _outcome(program: Callable, *args: object) -> Outcome:
         )
 
 
+class _SlowQueue:
+    """A device that is behind: it has got to a mark when it was asked a few times. Nothing is announced before."""
+
+    def __init__(self, region: ShmRegion, rank: int):
+        self._region, self._rank = region, rank
+        self._num_marks = 0
+
+    def mark(self) -> Callable[[], bool]:
+        arrived = self._region.progress()[self._rank]
+        self._num_marks += 1
+        waits = self._num_marks % 3
+
+        def reached() -> bool:
+            nonlocal waits
+            assert self._region.progress()[self._rank] == arrived, "announced before the device was there"
+            waits -= 1
+            return waits < 0
+
+        return reached
+
+
 def _rank_main(
-    backend: str, fd: int, rank: int, timeout_s: float, two_phase_from: int, store: str, pipe: Connection
+    backend: str,
+    fd: int,
+    rank: int,
+    timeout_s: float,
+    two_phase_from: int,
+    store: str,
+    memory: mmap.mmap,
+    pipe: Connection,
 ) -> None:
     torch.set_num_threads(1)
     before = _resources()
     region = ShmRegion.attach(fd, epoch=EPOCH)
-    if backend == "shm":
+    if backend in ("shm", "staged"):
         group: Group = ShmGroup(region, rank, timeout_s, two_phase_from=two_phase_from)
+        group = StagedGroup(group) if backend == "staged" else group
+    elif backend == "peer":
+        size = 2 * region.slot_bytes
+        parts = [torch.frombuffer(memory, dtype=torch.uint8, offset=r * size, count=size) for r in range(region.size)]
+        queue = _SlowQueue(region, rank)
+        group = PeerGroup(region, rank, timeout_s, parts, mark=queue.mark, two_phase_from=two_phase_from)
+        del parts
     else:
         group = GlooGroup(region, rank, timeout_s, store_path=store)
     assert (group.epoch, group.rank, group.size) == (EPOCH, rank, region.size)
@@ -95,13 +131,14 @@ class Ranks:
     ):
         context = multiprocessing.get_context("fork")
         self.region = ShmRegion.create(EPOCH, size, slot_bytes)
+        self.memory = mmap.mmap(-1, size * 2 * self.region.slot_bytes)  # shared with the ranks: "device" memory
         self.size = size
         self.processes, self.pipes = [], []
         self._killed: set[int] = set()
         for rank in range(size):
             here, there = context.Pipe()
             store = str(tmp_path / "store")
-            args = (backend, self.region.fd, rank, timeout_s, two_phase_from, store, there)
+            args = (backend, self.region.fd, rank, timeout_s, two_phase_from, store, self.memory, there)
             process = context.Process(target=_rank_main, args=args, daemon=True)
             process.start()
             there.close()
@@ -150,6 +187,7 @@ class Ranks:
         for pipe in self.pipes:
             pipe.close()
         self.region.close()
+        self.memory.close()
         assert codes == [-signal.SIGKILL if rank in self._killed else 0 for rank in range(self.size)]
 
     @staticmethod

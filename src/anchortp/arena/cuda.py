@@ -14,7 +14,7 @@ import functools
 from typing import Any
 
 from anchortp.arena import dlpack
-from anchortp.arena.vmm import OutOfPhysicalMemory
+from anchortp.arena.vmm import DriverError, OutOfPhysicalMemory
 from anchortp.devices import PAGE_BYTES
 from anchortp.errors import ConfigError, StateError
 
@@ -149,5 +149,8 @@ class CudaVmm:
             if status == self._driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY:
                 raise OutOfPhysicalMemory(f"{name}: GPU {self._index} has no memory left; free some")
             code = self._driver.CUresult(status)
-            raise StateError(f"{name} on GPU {self._index} failed with {code.name} ({int(code)}); see docs/cuda.md")
+            raise DriverError(
+                f"{name} on GPU {self._index} failed with {code.name} ({int(code)}); see docs/cuda.md",
+                error_code=int(code),
+            )
         return results[0] if results else None

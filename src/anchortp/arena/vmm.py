@@ -33,6 +33,14 @@ from anchortp.errors import StateError
 NewChunk = tuple[int, int]  # offset in the arena, serial
 
 
+class DriverError(StateError):
+    """A call that the driver refused. `error_code` is the driver's number for why."""
+
+    def __init__(self, message: str, *, error_code: int):
+        self.error_code = error_code
+        super().__init__(message)
+
+
 class OutOfPhysicalMemory(StateError):
     """The driver has no memory left for a chunk."""
 

@@ -41,6 +41,11 @@ class KVMirror(StrEnum):
     off = "off"
 
 
+class WeightsLayout(StrEnum):
+    auto = "auto"
+    plain = "plain"
+
+
 class ExpertCut(StrEnum):
     experts = "experts"
     columns = "columns"
@@ -54,8 +59,11 @@ class PlanPolicy(StrEnum):
 
 
 class Collectives(StrEnum):
+    auto = "auto"
     shm = "shm"
     gloo = "gloo"
+    peer = "peer"
+    nccl = "nccl"
 
 
 @app.command()
@@ -66,6 +74,9 @@ def serve(
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
+    weights: Annotated[WeightsLayout, typer.Option(help="plain: not packed for this CPU's matmul.")] = (
+        WeightsLayout.auto
+    ),
     expert_cut: Annotated[
         ExpertCut, typer.Option(help="Of a mixture of experts each device holds whole experts, or columns of all.")
     ] = ExpertCut.experts,
@@ -86,7 +97,9 @@ def serve(
         list[str] | None, typer.Option(help="Relative speed of a device, as cpu:0=2.0; repeat. Widths follow.")
     ] = None,
     spares: Annotated[int, typer.Option(help="Warm processes that wait to replace a worker.", min=0)] = 1,
-    collectives: Collectives = Collectives.shm,
+    collectives: Annotated[
+        Collectives, typer.Option(help="auto: shm on the host; on GPUs nccl, or peer where devices share one.")
+    ] = Collectives.auto,
     plan_policy: Annotated[
         PlanPolicy, typer.Option(help="Who plans recoveries; cmm is the paper's. See `anchortp plan`.")
     ] = PlanPolicy.makespan,
@@ -134,6 +147,7 @@ def serve(
             runtime_dir=runtime_dir,
         ),
         dtype=dtype,
+        weights=weights.value,
         expert_cut=expert_cut.value,
         device_memory_bytes=serving.parse_bytes(device_memory),
         max_model_len=max_model_len,

@@ -20,6 +20,7 @@ from anchortp.errors import ConfigError
 
 SERVE_FILE = "serve.json"  # where tools find the server: its address, pid and model
 START_TIMEOUT_S = 3600.0  # a large model from a slow disk
+SWITCH_INTERVAL_S = 0.5e-3
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -52,6 +53,8 @@ def serve(options: ServeOptions, **engine_options: Any) -> None:
     )
     from anchortp.engine.controller import ElasticEngine
 
+    # The engine's thread is woken when a step is done, and all workers wait for it: not for 5 ms of somebody's HTTP.
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     engine = ElasticEngine(config, strikes=read_strikes(options.fault_script), keep_anchors=options.keep_anchors)
     engine.start()
     try:
@@ -62,7 +65,7 @@ def serve(options: ServeOptions, **engine_options: Any) -> None:
 
 
 def _load_while_starting(engine: Any, folder: Path) -> Any:
-    """The tokenizer's libraries take seconds to import: meanwhile the weights are loaded."""
+    """The tokenizer is read while the weights are loaded."""
     from anchortp.cli.progress import show_start
     from anchortp.server.tokenizer import load_tokenizer
 
@@ -190,7 +193,7 @@ def _log_to(path: Path | None) -> None:
     handler: logging.Handler = logging.StreamHandler() if path is None else logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s.%(msecs)03d %(name)s: %(message)s", "%H:%M:%S"))
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    for noisy in ("httpx", "urllib3", "transformers"):
+    for noisy in ("httpx", "urllib3"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

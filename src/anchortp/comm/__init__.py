@@ -1,7 +1,9 @@
 """Collectives of one epoch. A group is a value that is passed in, never a process global.
 
 `ShmRegion` is the control block of an epoch (who arrived, who began a step, the abort flag) and the memory
-that `ShmGroup` sums in. `GlooGroup` gives the same results over `torch.distributed`'s gloo, for comparison.
+that `ShmGroup` sums in. `GlooGroup` gives the same results over `torch.distributed`'s gloo, for comparison. On GPUs
+`PeerGroup` sums in device memory that every rank maps, `StagedGroup` takes the way over the host, and `NcclGroup` that
+of `torch.distributed`'s NCCL.
 
 The controller needs the region alone, so importing this package does not import torch; the groups do.
 """
@@ -16,11 +18,19 @@ from .region import ShmRegion
 
 if TYPE_CHECKING:
     from .gloo import GlooGroup
+    from .nccl import NcclGroup
+    from .peer import PeerGroup, StagedGroup
     from .shm import ShmGroup
 
-__all__ = ["GlooGroup", "Group", "ShmGroup", "ShmRegion"]
+__all__ = ["GlooGroup", "Group", "NcclGroup", "PeerGroup", "ShmGroup", "ShmRegion", "StagedGroup"]
 
-_NEED_TORCH = {"GlooGroup": ".gloo", "ShmGroup": ".shm"}
+_NEED_TORCH = {
+    "GlooGroup": ".gloo",
+    "NcclGroup": ".nccl",
+    "PeerGroup": ".peer",
+    "ShmGroup": ".shm",
+    "StagedGroup": ".peer",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -34,12 +34,20 @@ class ShmGroup:
         self._slot_bytes = region.slot_bytes
         self._views: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         with torch.inference_mode(False):  # tensors made in inference mode could not be written outside of it
-            # `frombuffer` keeps the object alive that it is given, so give it the mapping and not a
-            # memoryview, which `ShmRegion.close` would release under the tensors.
-            whole = torch.frombuffer(region.buffer, dtype=torch.uint8)
-            starts = [[region.slot_at(parity, r) for r in range(self.size)] for parity in range(2)]
-            self._slots = [[whole[at : at + region.slot_bytes] for at in row] for row in starts]
-            self._scratch = torch.empty(region.slot_bytes // 4, dtype=torch.float32)
+            self._slots = self._open_slots(region)
+            self._scratch = torch.empty(region.slot_bytes // 4, dtype=torch.float32, device=self._slots[0][rank].device)
+
+    def _open_slots(self, region: ShmRegion) -> list[list[Tensor]]:
+        """uint8 `[slot_bytes]`, by parity and rank."""
+        # `frombuffer` keeps the object alive that it is given, so give it the mapping and not a
+        # memoryview, which `ShmRegion.close` would release under the tensors.
+        whole = torch.frombuffer(region.buffer, dtype=torch.uint8)
+        starts = [[region.slot_at(parity, r) for r in range(self.size)] for parity in range(2)]
+        return [[whole[at : at + region.slot_bytes] for at in row] for row in starts]
+
+    def _arrive(self, tag: int) -> None:
+        """What was written to the own slot is there, and what was to be read of the last collective is read."""
+        self._rendezvous.arrive(tag)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         assert x.dtype in (torch.float32, torch.bfloat16), x.dtype
@@ -60,7 +68,7 @@ class ShmGroup:
         tag = x.numel() << 2 | _REDUCE
         slots = self._floats(x.numel())[self._rendezvous.begin()]
         slots[self.rank].copy_(x)
-        self._rendezvous.arrive(tag)
+        self._arrive(tag)
         self._rendezvous.wait(tag)
         if x.dtype == torch.float32:
             _sum_in_order(slots, out=x)
@@ -72,13 +80,13 @@ class ShmGroup:
         rendezvous, num = self._rendezvous, x.numel()
         partials = self._floats(num)[rendezvous.begin()]
         partials[self.rank].copy_(x)
-        rendezvous.arrive(num << 2 | _REDUCE)
+        self._arrive(num << 2 | _REDUCE)
         rendezvous.wait(num << 2 | _REDUCE)
 
         sums = self._floats(num)[rendezvous.begin()]
         own = self._share(num, self.rank)
         _sum_in_order([partial[own] for partial in partials], out=sums[self.rank][own])
-        rendezvous.arrive(num << 2 | _SPREAD)
+        self._arrive(num << 2 | _SPREAD)
         rendezvous.wait(num << 2 | _SPREAD)
         for rank in range(self.size):
             share = self._share(num, rank)
@@ -143,7 +151,7 @@ class ShmGroup:
         """
         slots = self._slots[self._rendezvous.begin()]
         slots[self.rank][: piece.numel()].copy_(piece)
-        self._rendezvous.arrive(tag)
+        self._arrive(tag)
         if self.rank != root:
             return None
         self._rendezvous.wait(tag)
@@ -151,7 +159,7 @@ class ShmGroup:
 
     def barrier(self) -> None:
         self._rendezvous.begin()
-        self._rendezvous.arrive(_BARRIER)
+        self._arrive(_BARRIER)
         self._rendezvous.wait(_BARRIER)
 
     def close(self) -> None:

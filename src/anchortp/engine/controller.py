@@ -15,12 +15,13 @@ import socket
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from anchortp.comm import ShmRegion
-from anchortp.config import EngineConfig, check_device_names
+from anchortp.config import EngineConfig
+from anchortp.devices import check_engine_devices
 from anchortp.engine import messages as m
 from anchortp.engine.api import DeviceChange, EngineRequest, Sink, TokenOutput
 from anchortp.engine.balancer import ExpertBalancer, plan_of
@@ -102,6 +103,7 @@ class ElasticEngine:
         self._region: ShmRegion | None = None
         self._ranks: tuple[str, ...] = ()
         self._answer: m.StepDone | None = None
+        self._outputs: list[TokenOutput] = []  # not delivered yet
         self._events: deque[ev.Event] = deque()
         self._handling = False
         self._suspects: Counter[str] = Counter()
@@ -162,7 +164,7 @@ class ElasticEngine:
         self._post(drop)
 
     def change_devices(self, change: DeviceChange) -> int:
-        check_device_names(change.add)
+        check_engine_devices(dict.fromkeys([*change.add, self.config.devices[0]]))
         named = [*change.add, *change.remove]
         if len(set(named)) != len(named) or not (named or change.speeds is not None):
             raise ConfigError("a change names at least one device to add or to remove, each once, or speeds.")
@@ -213,6 +215,7 @@ class ElasticEngine:
                 if self.recovery.phase == SERVING and self.scheduler.has_work():
                     self.step()
                 else:
+                    self._deliver()
                     self._write_record()
                     self._publish_if_due()
                     self._pump(self._idle_timeout())
@@ -224,22 +227,25 @@ class ElasticEngine:
             self._close()
 
     def step(self) -> None:
-        """One step: schedule, run, postprocess."""
+        """One step: schedule, run, postprocess.
+
+        What the last step made is put out while the workers compute: they wait for nothing but the schedule.
+        """
         batch = self.scheduler.schedule()
-        self._deliver(self.scheduler.take_failures())
+        self._outputs += self.scheduler.take_failures()
         if batch is None:
+            self._deliver()
             return
         try:
             answer = self._run(batch)
         except _StepCut:
             return
-        self._deliver(self.scheduler.postprocess(batch, answer.sampled, self.config.model.eos_token_ids))
+        self._outputs += self.scheduler.postprocess(batch, answer.sampled, self.config.model.eos_token_ids)
         self._keeper.save_sealed(self.recovery.layout, self.recovery.epoch)
-        self._write_record()
         self._rebalance_if_due()
-        if self.scheduler.has_work():
-            self._publish_if_due()
-        else:
+        if not self.scheduler.has_work():
+            self._deliver()
+            self._write_record()
             self._publish()  # what an idle engine shows is how its last step left it
 
     def _run(self, batch: Batch) -> m.StepDone:
@@ -252,6 +258,10 @@ class ElasticEngine:
         message = m.RunStep(epoch=epoch, batch=batch)
         for device in self._ranks:
             self._send(device, message)
+        if self._outputs:
+            self._deliver()
+            self._write_record()
+        self._publish_if_due()
         while True:
             self._pump(min(deadline_s - time.monotonic(), 1.0))
             if self.recovery.epoch != epoch or self.recovery.phase != SERVING or self._stopping.is_set():
@@ -296,7 +306,9 @@ class ElasticEngine:
                 self._deliver([_failed(seq.request_id, error)])
                 del self._suspects[seq.request_id]
 
-    def _deliver(self, outputs: list[TokenOutput]) -> None:
+    def _deliver(self, more: Iterable[TokenOutput] = ()) -> None:
+        """Puts out what the last step made, and `more` after it."""
+        outputs, self._outputs = [*self._outputs, *more], []
         for output in outputs:
             self._counters["generated_tokens"] += len(output.tokens)
             sink = self._sinks.get(output.request_id)
@@ -328,6 +340,7 @@ class ElasticEngine:
         self._processes = WorkerPool(
             runtime_dir=self.config.runtime_dir,
             num_spares=self.config.num_spares,
+            gpus=self.config.gpus,
             watch=self._watch,
             unwatch=self._unwatch,
             on_message=self._on_worker_message,
@@ -390,7 +403,7 @@ class ElasticEngine:
             self._plane.close(stop_anchors=not self._keep_anchors)
         if self._region is not None:
             self._region.close()
-        self._remove_gloo_stores()
+        self._remove_stores()
         self._selector.close()
         self._wake_in.close()
         self._wake_out.close()
@@ -554,6 +567,7 @@ class ElasticEngine:
                 runtime_dir=config.runtime_dir,
                 model_folder=config.model_folder,
                 dtype=config.model.dtype,
+                panels=config.model.panels,
                 expert_cut=config.model.expert_cut,
                 max_model_len=config.max_model_len,
                 max_batch_tokens=config.max_batch_tokens,
@@ -612,7 +626,7 @@ class ElasticEngine:
             return
         if self._region is not None:
             self._region.close()
-        self._remove_gloo_stores()
+        self._remove_stores()
         self._ranks = command.layout.devices
         self._region = ShmRegion.create(command.epoch, len(self._ranks), self._slot_bytes())
         shards = [(shard.device, shard.as_dict()) for shard in command.layout.shards]
@@ -621,15 +635,14 @@ class ElasticEngine:
             order = m.FormGroup(epoch=command.epoch, shards=shards, parts=parts.get(device))
             self._send(device, order, fds=(self._region.fd,))
 
-    def _remove_gloo_stores(self) -> None:
+    def _remove_stores(self) -> None:
         """Of older epochs, and of an engine that was killed: a store must not exist before its group."""
-        if self.config.collectives == "gloo":
-            for store in Path(self.config.runtime_dir).glob("gloo-*"):
+        for kind in ("gloo", "nccl"):
+            for store in Path(self.config.runtime_dir).glob(f"{kind}-*"):
                 store.unlink(missing_ok=True)
 
     def _slot_bytes(self) -> int:
-        """Room for the largest all-reduce, one step's hidden states in float32; larger gathers go in pieces."""
-        return self.config.max_batch_tokens * self.config.model.hidden_size * 4
+        return self.config.slot_bytes
 
     def _write_record(self) -> None:
         """Manifests wait until nobody waits for the recovery any more: what they say is true in the meantime."""

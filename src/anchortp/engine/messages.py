@@ -31,6 +31,7 @@ class Assign(_Message):
     runtime_dir: str
     model_folder: str
     dtype: str
+    panels: bool
     expert_cut: str
     max_model_len: int
     max_batch_tokens: int
@@ -338,7 +339,12 @@ FromWorker = (
 
 
 class ForkSpare(_Message):
-    """With one end of a socket pair: fork a process that serves it. Answered on that socket (SpareReady)."""
+    """With one end of a socket pair: fork a process that serves it. Answered on that socket (SpareReady).
+
+    `gpus`: on which it makes its contexts before it answers, so that becoming a worker does not wait for that.
+    """
+
+    gpus: tuple[int, ...] = ()
 
 
 class ZygoteReady(_Message):

@@ -42,7 +42,7 @@ from anchortp.state.process import kill, open_pidfd, wait_gone
 
 log = logging.getLogger("anchortp.engine")
 
-WEIGHTS_ARENA, KV_ARENA = "weights", "kv"
+WEIGHTS_ARENA, KV_ARENA, SLOTS_ARENA = "weights", "kv", "slots"
 PING_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 2.0
 HOST_SLACK_BYTES = 1 << 20
@@ -69,8 +69,13 @@ class StatePlane:
         self._units = units
         self._fingerprint = fingerprint
         self._watch, self._unwatch, self._on_gone = watch, unwatch, on_gone
-        self.weights = WeightAddresses(units=units)
-        self.kv = KVAddresses(config=units.config, block_size=config.kv_block_size, num_blocks=config.kv_blocks)
+        self.weights = WeightAddresses(units=units, page_bytes=config.page_bytes)
+        self.kv = KVAddresses(
+            config=units.config,
+            block_size=config.kv_block_size,
+            num_blocks=config.kv_blocks,
+            page_bytes=config.page_bytes,
+        )
         self._clients: dict[str, AnchorClient] = {}
         self._watched: dict[str, int] = {}  # a client that gave up has closed its descriptor itself
         self._slots: dict[str, Counter[str]] = {}  # by device and family: the slots that are committed
@@ -85,7 +90,9 @@ class StatePlane:
         """Connects to the device's anchor, starting one if there is none, and reads what it holds."""
         self.ensure_anchor(device)
         client = self._connect(device)
-        return DeviceFound(device=device, budget_bytes=client.welcome.budget_bytes, shard=self._held(device, client))
+        # What collectives take in device memory is not the planner's to give away.
+        budget_bytes = client.welcome.budget_bytes - self._config.peer_slots_bytes
+        return DeviceFound(device=device, budget_bytes=budget_bytes, shard=self._held(device, client))
 
     def newest_epoch(self) -> int:
         return max(client.welcome.epoch for client in self._clients.values())
@@ -343,6 +350,8 @@ class StatePlane:
             self._recreate(client, epoch)
             self._slots[device] = Counter()
             client.commit(WEIGHTS_ARENA, [self.weights.replicated_range], epoch)
+        if self._config.peer_slots_bytes:
+            self._reserve_slots(client, self._config.peer_slots_bytes, epoch)
         have = self._slots.setdefault(device, Counter())
         if num_kv_blocks < self._num_kv_blocks:
             unused = self.kv.slot_ranges(0, have[KV], num_kv_blocks, self._num_kv_blocks)
@@ -364,6 +373,15 @@ class StatePlane:
             planes = self.kv.slot_ranges(need[KV], have[KV], 0, self._num_kv_blocks)
             self._client(shard.device).decommit(KV_ARENA, list(planes), epoch)
         self._slots[shard.device] = need
+
+    def _reserve_slots(self, client: AnchorClient, num_bytes: int, epoch: int) -> None:
+        """The device's part of the memory in which a `PeerGroup` sums; nothing of it is kept from epoch to epoch."""
+        found = {arena.name: arena.reserved_bytes for arena in client.status().arenas}
+        if found.get(SLOTS_ARENA, num_bytes) != num_bytes:
+            client.drop_arena(SLOTS_ARENA, epoch)
+        if found.get(SLOTS_ARENA) != num_bytes:
+            client.create_arena(SLOTS_ARENA, num_bytes, epoch).close()
+        client.commit(SLOTS_ARENA, [(0, num_bytes)], epoch)
 
     def _recreate(self, client: AnchorClient, epoch: int) -> None:
         """New, empty arenas in place of whatever is there."""
@@ -417,7 +435,10 @@ class StatePlane:
         weights = [self.weights.replicated_range]
         for family in self._units.families:
             weights += self.weights.slot_ranges(family, 0, have[family])
-        return {WEIGHTS_ARENA: weights, KV_ARENA: list(self.kv.slot_ranges(0, have[KV], 0, self._num_kv_blocks))}
+        ranges = {WEIGHTS_ARENA: weights, KV_ARENA: list(self.kv.slot_ranges(0, have[KV], 0, self._num_kv_blocks))}
+        if self._config.peer_slots_bytes:
+            ranges[SLOTS_ARENA] = [(0, self._config.peer_slots_bytes)]
+        return ranges
 
     # ------------------------------------------------------------------------------------------- ending
 

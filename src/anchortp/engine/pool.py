@@ -62,7 +62,8 @@ class WorkerPool:
 
     `watch(fd, callback)` and `unwatch(fd)` are the controller's selector; all callbacks run on its thread.
     `on_message(process, message)` gets what workers say, `on_end(process, how)` the end of one that had a
-    device. A zygote that dies is replaced; no worker dies with it.
+    device. A zygote that dies is replaced; no worker dies with it. Spares are warm on `gpus`, any of which they may
+    have to take over.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class WorkerPool:
         *,
         runtime_dir: str,
         num_spares: int,
+        gpus: tuple[int, ...] = (),
         watch: Watch,
         unwatch: Callable[[int], None],
         on_message: Callable[[WorkerProcess, Any], None],
@@ -77,6 +79,7 @@ class WorkerPool:
     ):
         self._runtime_dir = runtime_dir
         self._num_spares = num_spares
+        self._gpus = gpus
         self._watch, self._unwatch = watch, unwatch
         self._on_message, self._on_end = on_message, on_end
         self._zygote: subprocess.Popen[bytes] | None = None
@@ -167,7 +170,9 @@ class WorkerPool:
         with theirs, Path(self._runtime_dir, "workers.log").open("ab") as log:
             command = [sys.executable, "-m", "anchortp.engine.zygote"]
             command += ["--fd", str(theirs.fileno()), "--controller", str(os.getpid())]
-            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            # Threads that wait sleep: one that spins keeps the core from what it waits for wherever there is more to
+            # run than cores, and a step then takes a hundred times as long.
+            environment = {"OMP_WAIT_POLICY": "PASSIVE", **os.environ, "OMP_NUM_THREADS": "1"}
             self._zygote = subprocess.Popen(
                 command,
                 pass_fds=(theirs.fileno(),),
@@ -220,7 +225,7 @@ class WorkerPool:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with theirs:
             try:
-                self._zygote_channel.send(m.ForkSpare(), fds=(theirs.fileno(),))
+                self._zygote_channel.send(m.ForkSpare(gpus=self._gpus), fds=(theirs.fileno(),))
             except WireError:
                 ours.close()
                 return  # the zygote's end is read as an event, and it is replaced

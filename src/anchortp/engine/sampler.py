@@ -86,7 +86,7 @@ class Sampler:
         if not draws:
             return []
         logits = logits.float()
-        row_max, token_ids = logits.max(dim=-1)
+        row_max, token_ids = _largest(logits)
         assert bool(row_max.isfinite().all()), "logits are not numbers: the weights or the KV cache are damaged"
         rows = [i for i, draw in enumerate(draws) if draw.temperature > 0]
         if rows:
@@ -147,6 +147,20 @@ class _Filters:
             top_p=self.top_p[rows],
             has_top_k=self.has_top_k[rows],
         )
+
+
+def _largest(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The largest value of each row and the lowest column that has it; NaN where there is one.
+
+    By blocks: torch finds a maximum ten times as fast where it need not say where it is.
+    """
+    num_columns = logits.shape[1]
+    if num_columns % _BLOCK:
+        logits = torch.nn.functional.pad(logits, (0, -num_columns % _BLOCK), value=-math.inf)
+    blocks = logits.unflatten(1, (-1, _BLOCK))
+    row_max, block = blocks.amax(dim=-1).max(dim=-1)
+    inside = blocks[torch.arange(len(blocks), device=blocks.device), block]
+    return row_max, block * _BLOCK + inside.argmax(dim=-1)
 
 
 def _draw_filtered(weights: Tensor, u: Tensor, filters: _Filters, width: int) -> Tensor:

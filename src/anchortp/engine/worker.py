@@ -14,16 +14,19 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 import torch
 
 from anchortp.arena import MemfdArena
-from anchortp.comm import GlooGroup, Group, ShmGroup, ShmRegion
+from anchortp.comm import Group, ShmRegion
 from anchortp.config import load_model_config
+from anchortp.devices import Device, parse_device
 from anchortp.engine import messages as m
+from anchortp.engine.accelerator import GROUPS, Accelerator
+from anchortp.engine.device_errors import verdict_of
 from anchortp.engine.faults import FaultProbe
 from anchortp.engine.kv_blocks import KVBlocks
 from anchortp.engine.mirror_addresses import HOST, MIRROR_ARENA
@@ -32,6 +35,7 @@ from anchortp.errors import (
     AnchorTPError,
     ChannelClosed,
     GroupAborted,
+    StaleEpoch,
     StateError,
     WireError,
 )
@@ -45,23 +49,25 @@ from anchortp.layout import (
     model_units,
     shard_from_dict,
 )
-from anchortp.model import Decoder, ForwardBatch, KVCache, WeightViews
+from anchortp.model import Decoder, ForwardBatch, KVCache, WeightViews, check_weights, panels
 from anchortp.model.decoder import Gate
 from anchortp.plan.plan import FromHost, FromPeer, Move
 from anchortp.recovery.change import arrangement
-from anchortp.state.client import AnchorClient
+from anchortp.state.client import AnchorClient, Arena
 from anchortp.state.wire import Channel
 from anchortp.transfer.checkpoint import Checkpoint
+from anchortp.transfer.device import DeviceDestination, MappedSource, StagedSource
 from anchortp.transfer.executor import Hooks, Load, Loaded, Progress
 from anchortp.transfer.faulty import Fault, FaultySource
 from anchortp.transfer.fingerprint import fingerprint
 from anchortp.transfer.packed import PackedColumns, Packer, open_packed
 from anchortp.transfer.queue import Failure
 from anchortp.transfer.sources import Destination, HostSource, PeerSource, Source
+from anchortp.transfer.tensors import tensor_of
 from anchortp.transfer.work import EMBED_POSITION, Geometry, complete
 from anchortp.transfer.work import HOST as HOST_SOURCE
 
-WEIGHTS_ARENA, KV_ARENA = "weights", "kv"
+WEIGHTS_ARENA, KV_ARENA, SLOTS_ARENA = "weights", "kv", "slots"
 IDLE_TIMEOUT_S = 1e6  # an idle worker waits; it dies with the controller (PR_SET_PDEATHSIG)
 # The controller notices a missing peer long before, by pidfd or by the step deadline, and raises the abort flag.
 GROUP_TIMEOUT_S = 600.0
@@ -69,23 +75,44 @@ ANCHOR_TIMEOUT_S = 5.0  # shorter than the controller waits for a worker to leav
 EXPERT_LOAD_EVERY_S = 1.0
 
 
-def worker_main(sock: socket.socket) -> None:
-    """[worker] Serves one controller until it says Stop or is gone."""
+def worker_main(sock: socket.socket, gpus: Sequence[int] = ()) -> None:
+    """[worker] Serves one controller until it says Stop or is gone. `gpus`: where to be warm before it is ready."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     channel = Channel(sock, m.ToWorker)
+    for index in gpus:
+        _warm_up_gpu(index)
     channel.send(m.SpareReady(pid=os.getpid()))
     with contextlib.suppress(ChannelClosed):
+        worker = Worker(channel)
         try:
-            Worker(channel).serve()
+            worker.serve()
         except Exception as error:
             traceback.print_exc()
-            channel.send(m.WorkerFailed(reason=f"{type(error).__name__}: {error}"))
+            channel.send(m.WorkerFailed(reason=worker.explain(error)))
             raise
+
+
+def _warm_up_gpu(index: int) -> None:
+    """A context, and the libraries of the first kernels, on one of the GPUs that this spare may be sent to."""
+    try:
+        accelerator = Accelerator.of(Device(kind="cuda", index=index))
+        with accelerator.placing():
+            _touch_kernels()
+        accelerator.synchronize()
+    except Exception:
+        # A GPU that is lost must not cost the others their spares. If it is not, its worker finds out as it attaches.
+        traceback.print_exc()
 
 
 def warm_up() -> None:
     """[zygote] Touches what the first step would otherwise pay for: kernels, and torch's lazy tables."""
+    panels.warm_up()
+    _touch_kernels()
+
+
+def _touch_kernels() -> None:
+    """On the device that is torch's default now."""
     with torch.inference_mode():
         for dtype in (torch.float32, torch.bfloat16):
             x, w = torch.ones(8, 64, dtype=dtype), torch.ones(64, 64, dtype=dtype)
@@ -104,6 +131,7 @@ class _Assignment:
     weights: WeightAddresses
     geometry: Geometry
     kv: KVAddresses
+    accelerator: Accelerator
     anchor: AnchorClient
     probe: FaultProbe
     order: m.Assign
@@ -114,7 +142,8 @@ class Worker:
         self._channel = channel
         self._epoch = -1
         self._assignment: _Assignment | None = None
-        self._arenas: dict[str, tuple[MemfdArena, torch.Tensor]] = {}
+        self._anchor: AnchorClient | None = None  # of the assignment, or of one that is about to be
+        self._arenas: dict[str, tuple[Arena, torch.Tensor]] = {}
         self._checkpoint: Checkpoint | None = None
         self._load: Load | None = None
         self._load_ticket: int | None = None
@@ -128,6 +157,7 @@ class Worker:
         self._decoder: Decoder | None = None
         self._shard = empty_shard("")  # of this device in the present group
         self._mapped_mirror: tuple[str, torch.Tensor] | None = None
+        self._refreshed: set[str] = set()  # arenas that show all that was committed by the last reservation
         self._sampler = Sampler()
         self._next_expert_load_s = 0.0
 
@@ -151,29 +181,47 @@ class Worker:
             message = received.message
             if isinstance(message, m.Stop):
                 return
-            if isinstance(message, m.FormGroup):
-                self._form(message, *received.fds)
-            else:
-                handlers[type(message)](message)
+            if isinstance(message, _AFTER_RESERVING):
+                self._refreshed.clear()
+            with contextlib.suppress(_Superseded):
+                if isinstance(message, m.FormGroup):
+                    self._form(message, *received.fds)
+                else:
+                    handlers[type(message)](message)
+
+    def explain(self, error: Exception) -> str:
+        """The last words of this process. If the error says that the device is lost, its anchor is told."""
+        verdict, reason = verdict_of(error, attaching=self._assignment is None)
+        if verdict == "lost" and self._anchor is not None:
+            with contextlib.suppress(AnchorTPError):
+                self._anchor.report_lost(reason, self._epoch)
+        return f"{type(error).__name__}: {error}" + (f" [{verdict}: {reason}]" if reason else "")
 
     # ------------------------------------------------------------------------------------------ becoming
 
     def _attach(self, order: m.Assign) -> None:
         torch.set_num_threads(order.num_threads)
         # One Hugging Face folder, several ways to serve it: the order says what the arenas hold.
-        config = load_model_config(order.model_folder, order.dtype, order.expert_cut)
+        config = replace(load_model_config(order.model_folder, order.dtype, order.expert_cut), panels=order.panels)
         units = model_units(config)
-        anchor = _connect_anchor(order)
+        device = parse_device(order.device)
+        anchor = self._anchor = _connect_anchor(order)
         anchor.lease(order.epoch)
         self._epoch = order.epoch
         probe = FaultProbe(order.strikes, order.runtime_dir, lambda kind: _inject(order, kind))
-        addresses = WeightAddresses(units=units)
+        addresses = WeightAddresses(units=units, page_bytes=device.page_bytes)
         self._assignment = _Assignment(
             device=order.device,
             units=units,
             weights=addresses,
             geometry=Geometry(addresses),
-            kv=KVAddresses(config=config, block_size=order.kv_block_size, num_blocks=order.kv_blocks),
+            kv=KVAddresses(
+                config=config,
+                block_size=order.kv_block_size,
+                num_blocks=order.kv_blocks,
+                page_bytes=device.page_bytes,
+            ),
+            accelerator=Accelerator.of(device),
             anchor=anchor,
             probe=probe,
             order=order,
@@ -190,6 +238,7 @@ class Worker:
         self._stop_load()
         self._epoch = order.epoch
         self._dissolve()
+        a.accelerator.synchronize()  # from EpochLeft on, nothing of this worker's touches any memory
         # Without an anchor (it crashed, or is stuck) there is no lease to renew: HandOver follows.
         with contextlib.suppress(WireError):
             a.anchor.lease(order.epoch)
@@ -205,7 +254,7 @@ class Worker:
             self._send(m.HandedOver(ok=False, reason=reason))
             return
         try:
-            a.anchor = _connect_anchor(a.order)
+            a.anchor = self._anchor = _connect_anchor(a.order)
             a.anchor.lease(order.epoch)
             for name, (arena, _) in self._arenas.items():
                 a.anchor.adopt_arena(arena, order.ranges.get(name, ()), order.epoch)
@@ -234,7 +283,7 @@ class Worker:
         self._load = Load(
             a.geometry,
             a.geometry.chunks(moves),
-            Destination(self._arenas[WEIGHTS_ARENA][0], buffer),
+            _destination(self._arenas[WEIGHTS_ARENA][0], buffer),
             hooks,
             expected=order.sums,
             pace=order.pace,
@@ -294,7 +343,8 @@ class Worker:
         """Once the group's weights are whole."""
         with self._packing:
             waits = self._group is None or (self._load is not None and not self._load.is_whole)
-            if self._packed is None or self._packer is not None or waits:
+            on_gpu = self._assigned().accelerator.torch_device is not None  # the packer reads host memory
+            if self._packed is None or self._packer is not None or waits or on_gpu:
                 return
             buffer = self._arenas[WEIGHTS_ARENA][1]
             self._packer = Packer(self._packed, self._assigned().geometry, self._shard, buffer)
@@ -305,11 +355,13 @@ class Worker:
         a = self._assigned()
         if name == HOST_SOURCE:
             if self._checkpoint is None:
+                check_weights(a.units)
                 self._checkpoint = Checkpoint.open(Path(a.order.model_folder), a.units)
             source: Source = HostSource(self._checkpoint, self._packed)
+            if a.accelerator.open_driver is not None:
+                source = StagedSource(source)
         elif name == a.device:
-            arena, _ = self._arenas[WEIGHTS_ARENA]
-            source = PeerSource(name, arena, is_gone=lambda: False, on_close=lambda: None)
+            source = _arena_source(name, *self._arenas[WEIGHTS_ARENA], is_gone=lambda: False, on_close=lambda: None)
         else:
             source = self._peer(name)
         strike = a.probe.on_source(name)
@@ -318,12 +370,19 @@ class Worker:
         fault = Fault(kind=strike.kind, at_byte=strike.at_byte, times=strike.times)
         return FaultySource(source, fault, on_fire=lambda: a.probe.record(strike))
 
-    def _peer(self, device: str) -> PeerSource:
-        order = self._assigned().order
+    def _peer(self, device: str) -> Source:
+        a = self._assigned()
         # The connection is kept: it ends when the anchor does, and then its memory is not to be believed.
-        client = AnchorClient.connect(order.runtime_dir, device, role="tool", timeout_s=ANCHOR_TIMEOUT_S)
+        client = AnchorClient.connect(
+            a.order.runtime_dir,
+            device,
+            role="tool",
+            timeout_s=ANCHOR_TIMEOUT_S,
+            open_driver=a.accelerator.open_driver,
+        )
         try:
             arena = client.open_arena(WEIGHTS_ARENA, self._epoch)
+            client.refresh(arena, self._epoch)
         except BaseException:
             client.close()
             raise
@@ -332,7 +391,8 @@ class Worker:
             arena.close()
             client.close()
 
-        return PeerSource(device, arena, is_gone=client.is_gone, on_close=close)
+        buffer = None if isinstance(arena, MemfdArena) else tensor_of(arena)
+        return _arena_source(device, arena, buffer, is_gone=client.is_gone, on_close=close)
 
     def _arrange(self, order: m.ArrangeUnits) -> None:
         """Closes the slots of units that were given up. Nobody computes meanwhile; no copy overwrites a source."""
@@ -372,8 +432,7 @@ class Worker:
         copied = restored = 0
         try:
             for head, device in order.from_peers:
-                with self._opened(device, KV_ARENA) as arena:
-                    peer = torch.frombuffer(arena.map(), dtype=torch.uint8)
+                peer = self._opened(device, KV_ARENA)
                 copied += blocks.copy_from(peer, tuple(order.kv_heads[device]), order.blocks, [head])
             if order.from_mirror and order.pairs:
                 mirror = self._mirror(order.mirror_id)
@@ -404,17 +463,24 @@ class Worker:
         """The host's mirror, all of it. Raises StateError if the host anchor is another one by now."""
         if self._mapped_mirror is None or self._mapped_mirror[0] != mirror_id:
             self._mapped_mirror = None
-            with self._opened(HOST, MIRROR_ARENA, mirror_id) as arena:
-                self._mapped_mirror = (mirror_id, torch.frombuffer(arena.map(), dtype=torch.uint8))
+            self._mapped_mirror = (mirror_id, self._opened(HOST, MIRROR_ARENA, mirror_id))
         return self._mapped_mirror[1]
 
-    def _opened(self, device: str, name: str, anchor_id: str | None = None) -> MemfdArena:
-        """An arena of another anchor; a mapping of it outlives the arena object."""
-        order = self._assigned().order
-        with AnchorClient.connect(order.runtime_dir, device, role="tool", timeout_s=ANCHOR_TIMEOUT_S) as client:
+    def _opened(self, device: str, name: str, anchor_id: str | None = None) -> torch.Tensor:
+        """An arena of another anchor as it is now, mapped for this worker's device."""
+        a = self._assigned()
+        with AnchorClient.connect(
+            a.order.runtime_dir,
+            device,
+            role="tool",
+            timeout_s=ANCHOR_TIMEOUT_S,
+            open_driver=a.accelerator.open_driver,
+        ) as client:
             if anchor_id is not None and client.welcome.anchor_id != anchor_id:
                 raise StateError(f"the anchor of {device} was replaced; what it held is gone")
-            return client.open_arena(name, self._epoch)
+            with client.open_arena(name, self._epoch) as arena:
+                client.refresh(arena, self._epoch)
+                return tensor_of(arena)
 
     # ------------------------------------------------------------------------------------------- serving
 
@@ -431,35 +497,44 @@ class Worker:
         finally:
             os.close(region_fd)
         try:
-            self._group = self._make_group(rank)
+            self._group = self._make_group(rank, layout.devices)
         except GroupAborted:
             return
         shard = layout[a.device]
         self._shard = shard
         weights = WeightViews(self._mapped(WEIGHTS_ARENA), a.weights, shard)
         kv_cache = KVCache(self._mapped(KV_ARENA), a.kv, shard)
-        if self._decoder is None:
-            self._decoder = Decoder(a.units, layout, rank, weights, kv_cache, a.order.max_model_len)
-        else:
-            self._decoder.rebind(layout, rank, weights, kv_cache)
-        if self._decoder.moe is not None and order.parts is not None:
-            self._decoder.moe.share(order.parts)
+        with a.accelerator.placing():
+            if self._decoder is None:
+                self._decoder = Decoder(a.units, layout, rank, weights, kv_cache, a.order.max_model_len)
+            else:
+                self._decoder.rebind(layout, rank, weights, kv_cache)
+            if self._decoder.moe is not None and order.parts is not None:
+                self._decoder.moe.share(order.parts)
         self._send(m.GroupFormed(epoch=order.epoch))
         self._start_packer()
 
     def _share(self, order: m.ShareExperts) -> None:
         if order.epoch == self._epoch and self._decoder is not None and self._decoder.moe is not None:
-            self._decoder.moe.share(order.parts)
+            with self._assigned().accelerator.placing():
+                self._decoder.moe.share(order.parts)
 
-    def _make_group(self, rank: int) -> Group:
+    def _make_group(self, rank: int, devices: Sequence[str]) -> Group:
         a = self._assigned()
         assert self._region is not None
-        if a.order.collectives == "gloo":
-            store = Path(a.order.runtime_dir, f"gloo-{self._epoch}")
-            group: Group = GlooGroup(self._region, rank, GROUP_TIMEOUT_S, store_path=str(store))
-        else:
-            group = ShmGroup(self._region, rank, GROUP_TIMEOUT_S)
+        make = GROUPS[a.order.collectives]
+        store_path = Path(a.order.runtime_dir, f"{a.order.collectives}-{self._epoch}")
+        slots = self._all_slots(devices) if a.order.collectives == "peer" else []
+        group = make(self._region, rank, GROUP_TIMEOUT_S, a.accelerator, str(store_path), slots)
         return _ProbedGroup(group, a.probe) if a.probe else group
+
+    def _all_slots(self, devices: Sequence[str]) -> list[torch.Tensor]:
+        """The memory in which a `PeerGroup` sums, of every rank's device; the own one stays attached, for HandOver."""
+        own = self._assigned().device
+        try:
+            return [self._mapped(SLOTS_ARENA) if d == own else self._opened(d, SLOTS_ARENA) for d in devices]
+        except (StateError, WireError) as error:
+            raise _Superseded from error
 
     def _run_step(self, order: m.RunStep) -> None:
         """The forward pass, and on rank 0 the sampler. A group that dissolves meanwhile ends it silently."""
@@ -470,7 +545,7 @@ class Worker:
         self._region.mark(self._group.rank, batch.step)
         a.probe.at("prefill" if any(len(seq.token_ids) > 1 for seq in batch.seqs) else "decode")
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), a.accelerator.placing():
                 forward = ForwardBatch.build(batch.seqs, a.order.kv_block_size)
                 logits = self._decoder.forward(forward, self._group, self._gate())
         except GroupAborted:
@@ -512,10 +587,18 @@ class Worker:
 
     def _mapped(self, name: str) -> torch.Tensor:
         """The arena's memory as one-dimensional uint8; mapped at first use."""
+        anchor = self._assigned().anchor
         if name not in self._arenas:
-            arena = self._assigned().anchor.open_arena(name, self._epoch)
-            self._arenas[name] = (arena, torch.frombuffer(arena.map(), dtype=torch.uint8))
-        return self._arenas[name][1]
+            arena = anchor.open_arena(name, self._epoch)
+            self._arenas[name] = (arena, tensor_of(arena))
+        arena, memory = self._arenas[name]
+        if name not in self._refreshed:
+            try:
+                anchor.refresh(arena, self._epoch)
+            except (StaleEpoch, WireError) as error:
+                raise _Superseded from error
+            self._refreshed.add(name)
+        return memory
 
     def _dissolve(self) -> None:
         """Lets go of the old group."""
@@ -524,6 +607,37 @@ class Worker:
         if self._region is not None:
             self._region.close()
         self._group = self._region = None
+
+
+def _destination(arena: Arena, buffer: torch.Tensor) -> Destination | DeviceDestination:
+    return Destination(arena, buffer) if isinstance(arena, MemfdArena) else DeviceDestination(buffer)
+
+
+def _arena_source(
+    device: str,
+    arena: Arena,
+    buffer: torch.Tensor | None,
+    *,
+    is_gone: Callable[[], bool],
+    on_close: Callable[[], None],
+) -> Source:
+    """A memfd is read through its descriptor, chunks through their mapping."""
+    if isinstance(arena, MemfdArena):
+        return PeerSource(device, arena, is_gone=is_gone, on_close=on_close)
+    assert buffer is not None
+    return MappedSource(device, buffer, is_gone=is_gone, on_close=on_close)
+
+
+class _Superseded(Exception):
+    """What an order needs went with its epoch, or with an anchor: the controller knows, and the next one comes."""
+
+
+_AFTER_RESERVING = (
+    m.LoadUnits,
+    m.ArrangeUnits,
+    m.RestorePlanes,
+    m.FormGroup,
+)  # memory may have been committed, or given back
 
 
 class _ProbedGroup:

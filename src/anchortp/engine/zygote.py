@@ -17,6 +17,7 @@ import os
 import signal
 import socket
 import sys
+from functools import partial
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
@@ -74,7 +75,8 @@ def main() -> None:
         (fd,) = received.fds
         child = os.fork()
         if child == 0:
-            _become_worker(channel.fileno(), fd, options.controller, worker.worker_main)
+            serve = partial(worker.worker_main, gpus=received.message.gpus)
+            _become_worker(channel.fileno(), fd, options.controller, serve)
         os.close(fd)
         os.waitpid(child, 0)
 

@@ -15,16 +15,21 @@ from anchortp.config import ModelConfig
 from anchortp.layout.layout import Shard
 from anchortp.layout.units import ModelUnits, ReplicatedTensor, UnitTensor
 
-ALIGN_BYTES = 4096  # a region begins on a page, so that committing it never touches another
+ALIGN_BYTES = 4096  # a page of host memory; a device may commit in larger steps
 
 Range = tuple[int, int]  # bytes, half-open
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightAddresses:
-    """Byte offsets in the weights arena of one device."""
+    """Byte offsets in the weights arena of one device.
+
+    A region begins on a page (of `page_bytes`, the step in which the engine's devices commit memory), so that
+    committing it never touches another.
+    """
 
     units: ModelUnits
+    page_bytes: int = ALIGN_BYTES
 
     @cached_property
     def _table(self) -> tuple[dict[tuple[str, int], int], int, int]:
@@ -39,10 +44,10 @@ class WeightAddresses:
         for tensor in self.units.tensors:
             capacity = self.units.num_units[tensor.family] * self.units.block_bytes(tensor)
             for copy in range(self.units.num_copies(tensor)):
-                end = _align(end)
+                end = _align(end, self.page_bytes)
                 offsets[tensor.key, copy] = end
                 end += capacity
-        return offsets, replicated_end, _align(end)
+        return offsets, replicated_end, _align(end, self.page_bytes)
 
     @property
     def reserved_bytes(self) -> int:
@@ -79,10 +84,10 @@ class WeightAddresses:
 
     def committed_bytes(self, shard: Shard) -> int:
         """Bytes of the pages that the shard's slots and the replicated tensors touch: what a budget counts."""
-        total = _align(self.replicated_range[1])
+        total = _align(self.replicated_range[1], self.page_bytes)
         for tensor in self.units.tensors:
             used = len(shard[tensor.family]) * self.units.block_bytes(tensor)
-            total += _align(used) * self.units.num_copies(tensor)
+            total += _align(used, self.page_bytes) * self.units.num_copies(tensor)
         return total
 
 
@@ -98,6 +103,7 @@ class KVAddresses:
     config: ModelConfig
     block_size: int
     num_blocks: int
+    page_bytes: int = ALIGN_BYTES
 
     @property
     def num_tokens(self) -> int:
@@ -110,7 +116,7 @@ class KVAddresses:
 
     @property
     def layer_bytes(self) -> int:
-        return _align(self.config.num_kv_heads * 2 * self.half_bytes)
+        return _align(self.config.num_kv_heads * 2 * self.half_bytes, self.page_bytes)
 
     @property
     def reserved_bytes(self) -> int:
@@ -127,7 +133,7 @@ class KVAddresses:
         if num_heads == 0:
             return self.num_blocks
         # A range of blocks may touch one page more than it fills, at both ends of keys and values alike.
-        rounding = 2 * 2 * ALIGN_BYTES * self.config.num_layers * num_heads
+        rounding = 2 * 2 * self.page_bytes * self.config.num_layers * num_heads
         return max(0, min(self.num_blocks, (room_bytes - rounding) // (num_heads * self.block_bytes)))
 
     def layer_offset(self, layer: int) -> int:
@@ -149,5 +155,5 @@ class KVAddresses:
                 yield (at + first_block * token_bytes, at + last_block * token_bytes)
 
 
-def _align(offset: int) -> int:
-    return -(-offset // ALIGN_BYTES) * ALIGN_BYTES
+def _align(offset: int, page_bytes: int) -> int:
+    return -(-offset // page_bytes) * page_bytes

@@ -27,6 +27,14 @@ EXPERT = "expert"
 EVERY_FAMILY = (*FAMILIES, EXPERT)
 MAX_BLOCK = 64  # columns of an MLP block, rows of a vocabulary block: a size that matmul kernels like
 
+# Weights in panels, as oneDNN's matmul wants them (its format AB16b64a2b): 64 rows, transposed, where two
+# neighbouring columns count as one. A block of whole panels is as large as a plain one, and a shard of such blocks
+# grows by appending, like any other. Row-parallel weights cannot be had like that: their panels would run across
+# all units.
+PANEL_ROWS = 64
+PANEL_COLUMNS = 32  # a multiple of so many
+_PANEL_KEYS = ("q", "kv", "gate_up", "lm_head")
+
 
 class UnitCatalog(Protocol):
     """What a layout or a plan must know about a model: how many units of which size. `ModelUnits` is one; a
@@ -172,6 +180,15 @@ class ModelUnits:
             tensors.append(ReplicatedTensor(key="router", name=name, shape=shape))
         final = ReplicatedTensor(key="final_norm", name="model.norm.weight", shape=(c.hidden_size,))
         return (*tensors, final)
+
+    def in_panels(self, tensor: UnitTensor) -> bool:
+        """Whether its blocks are made of panels. A tied embedding is its lm_head; experts' are plain."""
+        c = self.config
+        wanted = tensor.key in _PANEL_KEYS or (tensor.key == "embed" and c.tie_embeddings)
+        if tensor.key == "gate_up" and c.moe is not None:
+            return False
+        fits = tensor.rows % PANEL_ROWS == 0 and c.hidden_size % PANEL_COLUMNS == 0
+        return c.panels and wanted and fits
 
     def block_bytes(self, tensor: UnitTensor) -> int:
         """Bytes of one unit's block in one copy of `tensor`."""

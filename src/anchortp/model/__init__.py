@@ -3,7 +3,7 @@
 from anchortp.model.batch import BatchEntry, DecodeGroup, ForwardBatch, PrefillChunk
 from anchortp.model.decoder import Decoder
 from anchortp.model.kv_cache import KVCache
-from anchortp.model.weights import LayerWeights, WeightViews
+from anchortp.model.weights import LayerWeights, WeightViews, check_weights
 
 __all__ = [
     "BatchEntry",
@@ -14,4 +14,5 @@ __all__ = [
     "LayerWeights",
     "PrefillChunk",
     "WeightViews",
+    "check_weights",
 ]

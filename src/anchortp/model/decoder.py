@@ -20,6 +20,7 @@ from anchortp.layout import ATTENTION, KV, VOCAB, Layout, ModelUnits, Shard
 from anchortp.model.batch import DecodeGroup, ForwardBatch, PrefillChunk
 from anchortp.model.kv_cache import KVCache
 from anchortp.model.moe import MoE
+from anchortp.model.panels import linear
 from anchortp.model.rope import RopeTables
 from anchortp.model.weights import LayerWeights, WeightViews
 
@@ -168,10 +169,10 @@ class Decoder:
 
     def _embed(self, token_ids: Tensor) -> Tensor:
         """Partial `[rows, hidden]`: zeros for tokens whose embedding another rank holds."""
-        if not self.weights.embed.shape[0]:
+        if not self.weights.shard[VOCAB]:
             return torch.zeros(token_ids.shape[0], self.config.hidden_size, dtype=self.dtype)
         rows = self._local_row.index_select(0, token_ids)
-        embedded = self.weights.embed.index_select(0, rows.clamp(min=0))
+        embedded = self.weights.embedding(rows.clamp(min=0))
         return embedded.masked_fill_((rows < 0).unsqueeze(1), 0)
 
     def _attention(self, index: int, layer: LayerWeights, x: Tensor, step: _Step) -> Tensor:
@@ -193,7 +194,7 @@ class Decoder:
     def _project(self, layer: LayerWeights, x: Tensor) -> Tensor:
         """`[rows, num_q + 2 * num_kv, head_dim]`: q of every q slot, then k and v of every KV slot."""
         hd, num_q = self.config.head_dim, self._heads.num_q
-        q, kv = F.linear(x, layer.q), F.linear(x, layer.kv)
+        q, kv = linear(x, layer.q), linear(x, layer.kv)
         projected = torch.cat((q, kv), dim=1).view(x.shape[0], -1, hd)
         if layer.q_norm is not None and layer.k_norm is not None:
             projected[:, :num_q] = self._norm(q.view(x.shape[0], -1, hd), layer.q_norm)
@@ -253,7 +254,7 @@ class Decoder:
         assert layer.gate_up is not None and layer.down is not None
         if not layer.down.shape[0]:
             return torch.zeros_like(x)
-        both = F.linear(self._norm(x, layer.post_norm), layer.gate_up)
+        both = linear(self._norm(x, layer.post_norm), layer.gate_up)
         both = both.view(x.shape[0], -1, 2, self.units.mlp_block)
         gated = F.silu(both[:, :, 0]).mul_(both[:, :, 1])
         return torch.mm(gated.view(x.shape[0], -1), layer.down)
@@ -268,7 +269,7 @@ class Decoder:
         if not x.shape[0]:
             return x.new_zeros(0, self.config.vocab_size, dtype=torch.float32) if self.rank == 0 else None
         # Gathered in the model's dtype: that is all the precision a matmul gives, in half the bytes of float32.
-        local = F.linear(self._norm(x, self.weights.final_norm), self.weights.lm_head)
+        local = linear(self._norm(x, self.weights.final_norm), self.weights.lm_head)
         cols = tuple(len(held) * self.units.vocab_block for held in self._vocab_units)
         parts = group.gather(local, cols, root=0)
         if parts is None:

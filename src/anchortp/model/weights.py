@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from anchortp.layout import EXPERT, MLP, ModelUnits, ReplicatedTensor, Shard, UnitTensor, WeightAddresses
+from anchortp.model.panels import check_panels, panel_matrix, take_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One layer, units in slot order. Every matrix has the hidden axis last: q, kv and gate_up are used as
-    `x @ W.T`, o and down, stored transposed, as `x @ W`. A layer has an MLP, or a router to experts, which
-    `WeightViews.experts` has."""
+    """One layer, units in slot order. Every matrix has the hidden axis last: q, kv and gate_up, which may be opaque
+    (`panels`), are used as `x @ W.T`, o and down, stored transposed, as `x @ W`. A layer has an MLP, or a router to
+    experts, which `WeightViews.experts` has."""
 
     input_norm: Tensor  # [hidden]
     post_norm: Tensor  # [hidden]
@@ -26,6 +27,12 @@ class LayerWeights:
     router: Tensor | None = None  # [experts, hidden]
     q_norm: Tensor | None = None  # [head_dim], Qwen3
     k_norm: Tensor | None = None
+
+
+def check_weights(units: ModelUnits) -> None:
+    """Raises CheckpointError if torch cannot compute with weights as `units` lays them out."""
+    if any(units.in_panels(tensor) for tensor in units.tensors):
+        check_panels(units.config.hidden_size)
 
 
 class WeightViews:
@@ -42,13 +49,27 @@ class WeightViews:
         self._tensors = {tensor.key: tensor for tensor in (*units.tensors, *units.replicated)}
         layered = [key for key, tensor in self._tensors.items() if tensor.per_layer and not _of_experts(units, tensor)]
         self.embed = self._view("embed")  # [vocabulary units * vocab_block, hidden]
-        self.lm_head = self.embed if units.config.tie_embeddings else self._view("lm_head")
+        self.lm_head = self._matrix("embed" if units.config.tie_embeddings else "lm_head")
         self.final_norm = self._view("final_norm")
         self.layers = tuple(
-            LayerWeights(**{key: self._view(key, layer) for key in layered}) for layer in range(units.config.num_layers)
+            LayerWeights(**{key: self._matrix(key, layer) for key in layered})
+            for layer in range(units.config.num_layers)
         )
         # gate_up [2 * columns, hidden] and down [columns, hidden], by layer * num_experts + expert
         self.experts: dict[int, tuple[Tensor, Tensor]] = self._experts()
+
+    def embedding(self, rows: Tensor) -> Tensor:
+        """`[n, hidden]`: the embeddings in local rows (int64 `[n]`), of which there must be some."""
+        embed = self._tensors["embed"]
+        if self._addresses.units.in_panels(embed):
+            return take_rows(self.embed, rows)
+        return self.embed.index_select(0, rows)
+
+    def _matrix(self, key: str, layer: int = 0) -> Tensor:
+        """As `_view`, for `panels.linear`: opaque if it is in panels."""
+        view, tensor = self._view(key, layer), self._tensors[key]
+        in_panels = isinstance(tensor, UnitTensor) and self._addresses.units.in_panels(tensor)
+        return panel_matrix(view) if in_panels and view.shape[0] else view
 
     def _experts(self) -> dict[int, tuple[Tensor, Tensor]]:
         units, shard = self._addresses.units, self.shard

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from anchortp.devices import parse_device
 from anchortp.errors import DoesNotFit, in_words
 from anchortp.layout import KV, KVAddresses, Layout, ModelUnits, Shard, WeightAddresses
 
@@ -33,8 +34,9 @@ def fitting_kv_blocks(
 
     Raises DoesNotFit, with the numbers, where the weights alone do not fit or fewer than `least` blocks would.
     """
-    weights = WeightAddresses(units=units)
-    kv = KVAddresses(config=units.config, block_size=block_size, num_blocks=wanted)
+    page_bytes = max(parse_device(device).page_bytes for device in layout.devices)
+    weights = WeightAddresses(units=units, page_bytes=page_bytes)
+    kv = KVAddresses(config=units.config, block_size=block_size, num_blocks=wanted, page_bytes=page_bytes)
     best = wanted
     for shard in layout.shards:
         budget, need = devices[shard.device].budget_bytes, weights.committed_bytes(shard)

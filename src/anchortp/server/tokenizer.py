@@ -8,13 +8,20 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import tokenizers
+
 from anchortp.errors import ConfigError, RequestError
+from anchortp.server import chat_template
+from anchortp.server.chat_template import ChatTemplate
 
 Decoder = Literal["byte_level", "pieces"]
 
+# What tokenizer_config.json calls special tokens, and chat templates too.
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _SAMPLE = "Hello, world! Zoë's naïve café costs 5 €.\n\tÜber 你好世界 🙂👍🏽 a  b"
 
@@ -57,63 +64,69 @@ def load_tokenizer(model_path: str) -> Tokenizer:
 
     Raises ConfigError: no tokenizer there, or one whose text is not the sum of its tokens.
     """
-    from transformers import AutoTokenizer  # heavy: only the server process needs it
-
+    folder = Path(model_path)
     try:
-        inner = AutoTokenizer.from_pretrained(model_path, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers checks config.json too, with error classes of its own
+        inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        config = _read_config(folder)
+    except Exception as error:  # tokenizers raises nothing more precise
         raise ConfigError(
-            f"{model_path}: no tokenizer can be loaded ({error}). Give a model folder that has "
-            f"tokenizer_config.json, and tokenizer.json or tokenizer.model."
+            f"{model_path}: no tokenizer can be loaded ({error}). Give a model folder that has tokenizer.json; "
+            f"transformers makes one from tokenizer.model: AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         ) from error
-    tokenizer = HuggingFaceTokenizer(inner)
+    inner.no_truncation()
+    inner.no_padding()
+    names = {name: _token_text(config[name]) for name in _SPECIAL_NAMES if config.get(name)}
+    source = chat_template.find_source(folder, config)
+    template = chat_template.ChatTemplate(source, names) if source else None
+    tokenizer = HuggingFaceTokenizer(inner, special=names.values(), template=template)
     _check_pieces_add_up(tokenizer, model_path)
     return tokenizer
 
 
+def _read_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, and beneath it special_tokens_map.json, which older folders have; {} without them."""
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).exists():
+            config |= json.loads((folder / name).read_text(encoding="utf-8"))
+    return config
+
+
+def _token_text(token: str | Mapping[str, Any]) -> str:
+    return token if isinstance(token, str) else token["content"]
+
+
 class HuggingFaceTokenizer:
-    """A transformers tokenizer as a `Tokenizer`.
+    """A `tokenizers.Tokenizer` (what a tokenizer.json holds) as a `Tokenizer`. `special`: names of silent tokens
+    beside those that it calls special itself.
 
     Three ways from token to bytes: byte-level BPE spells each byte as a printable character; byte-fallback
     tokens are called <0xNN>; any other token's text is what it adds after an ordinary token, the anchor.
     """
 
-    def __init__(self, inner: Any):
+    def __init__(self, inner: tokenizers.Tokenizer, *, special: Iterable[str] = (), template: ChatTemplate | None):
         self._inner = inner
-        added = inner.added_tokens_decoder
-        self._special = {i for i, token in added.items() if token.special} | set(inner.all_special_ids)
-        self._num_tokens = len(inner)
+        self._template = template
+        named = {inner.token_to_id(name) for name in special} - {None}
+        self._special = {i for i, token in inner.get_added_tokens_decoder().items() if token.special} | named
+        self._num_tokens = inner.get_vocab_size(with_added_tokens=True)
         self._decoder = _decoder_kind(inner)
-        self._anchor = _anchor(inner, self._special)
+        self._anchor = _anchor(inner, self._special, self._num_tokens)
         self._anchor_chars = len(self.decode((self._anchor,)))
         self._bytes: dict[tuple[int, bool], bytes] = {}
-        self.has_chat_template = inner.chat_template is not None
-        # The first call may still set padding and truncation in the backend; later ones only read it, which
-        # makes them safe from any thread.
-        self.encode(_SAMPLE)
+        self.has_chat_template = template is not None
 
     def encode(self, text: str) -> tuple[int, ...]:
-        return tuple(self._inner.encode(text, add_special_tokens=True))
+        return tuple(self._inner.encode(text).ids)
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        from jinja2 import TemplateError
-
-        if not self.has_chat_template:
+        if self._template is None:
             raise RequestError("This model has no chat template. Use /v1/completions with a prompt of your own.")
-        try:
-            text = self._inner.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-            )
-        except (TemplateError, TypeError) as error:
-            raise RequestError(
-                f"The model's chat template refuses these messages: {error}. Change their roles or order."
-            ) from error
         # The template writes the special tokens itself.
-        return tuple(self._inner.encode(text, add_special_tokens=False))
+        return tuple(self._inner.encode(self._template.render(messages), add_special_tokens=False).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
-        # Cleaning up spaces would make the text of a prefix differ from the prefix of the text.
-        return self._inner.decode(list(token_ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return self._inner.decode(list(token_ids), skip_special_tokens=True)
 
     def is_silent(self, token_id: int) -> bool:
         return token_id in self._special or not 0 <= token_id < self._num_tokens
@@ -130,7 +143,7 @@ class HuggingFaceTokenizer:
     def token_name(self, token_id: int) -> str:
         if not 0 <= token_id < self._num_tokens:
             return ""
-        return self._inner.convert_ids_to_tokens(token_id) or ""
+        return self._inner.id_to_token(token_id) or ""
 
     def _find_bytes(self, token_id: int, first: bool) -> bytes:
         name = self.token_name(token_id)
@@ -145,19 +158,18 @@ class HuggingFaceTokenizer:
         return self.decode((self._anchor, token_id))[self._anchor_chars :].encode()
 
 
-def _decoder_kind(inner: Any) -> Decoder:
-    backend = getattr(inner, "backend_tokenizer", None)
-    if backend is None or backend.decoder is None:
+def _decoder_kind(inner: tokenizers.Tokenizer) -> Decoder:
+    if inner.decoder is None:
         return "pieces"
-    state = json.loads(backend.decoder.__getstate__())
+    state = json.loads(inner.decoder.__getstate__())
     steps = state["decoders"] if state["type"] == "Sequence" else [state]
     return "byte_level" if [step["type"] for step in steps] == ["ByteLevel"] else "pieces"
 
 
-def _anchor(inner: Any, special: set[int]) -> int:
+def _anchor(inner: tokenizers.Tokenizer, special: set[int], num_tokens: int) -> int:
     """A token with plain text of its own, after which any other token reads as it does in mid-sentence."""
-    for token_id in range(len(inner)):
-        if token_id in special or _BYTE_TOKEN.fullmatch(inner.convert_ids_to_tokens(token_id) or ""):
+    for token_id in range(num_tokens):
+        if token_id in special or _BYTE_TOKEN.fullmatch(inner.id_to_token(token_id) or ""):
             continue
         text = inner.decode([token_id])
         if text.isascii() and text.isalpha():

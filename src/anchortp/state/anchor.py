@@ -69,6 +69,7 @@ from anchortp.state.messages import (
     PutManifest,
     Ready,
     Reply,
+    ReportLost,
     Request,
     Role,
     Shutdown,
@@ -77,7 +78,7 @@ from anchortp.state.messages import (
 )
 from anchortp.state.wire import MAX_FDS, AddressHeld, Channel, Listener, PeerRefused, Received, listen
 
-EXIT_LOST = 86  # the exit status of an anchor whose device was lost by injection
+EXIT_LOST = 86  # the exit status of an anchor whose device was lost
 MAX_CLIENTS = 256
 MAX_REQUEST_BYTES = 4 << 20
 MAX_BACKLOG_BYTES = 16 << 20
@@ -280,6 +281,9 @@ class Anchor:
                 return self._status()
             case Inject(kind=kind):
                 return self._inject(kind)
+            case ReportLost(reason=reason):
+                self._check_worker(client)
+                self._end_lost(f"lost: {reason}")
             case Shutdown():
                 self.stop()
                 return Ok()
@@ -408,6 +412,14 @@ class Anchor:
         _log(f"injected: {kind} of process {self._lease.client.pid}")
         process.kill(self._lease.pidfd, signal.SIGKILL if kind == "crash" else signal.SIGSTOP)
         return Ok()
+
+    def _end_lost(self, why: str) -> NoReturn:
+        """The device is gone, and what this process holds of it is nothing. Its end is how everybody hears of it."""
+        try:
+            self._listener.stop_listening()
+            _log(why)
+        finally:
+            os._exit(EXIT_LOST)
 
     def _lose_device(self) -> NoReturn:
         """The device dies. On a real one the computation dies with its memory, so the worker goes first; the

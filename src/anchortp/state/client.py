@@ -42,6 +42,7 @@ from anchortp.state.messages import (
     OpenArena,
     PutManifest,
     Reply,
+    ReportLost,
     Role,
     Shutdown,
     Welcome,
@@ -50,6 +51,9 @@ from anchortp.state.messages import (
 from anchortp.state.wire import MAX_FDS, Channel, Received, connect
 
 Arena = MemfdArena | VmmMapping
+
+# A GPU's driver makes chunks one by one: a millisecond for each 2 MiB is far more than it is expected to take.
+SLOWEST_COMMIT_BYTES_PER_S = 2 << 30
 
 _Expected = TypeVar("_Expected", bound=Message)
 
@@ -163,7 +167,11 @@ class AnchorClient:
 
     def commit(self, name: str, ranges: Iterable[Range], epoch: int) -> int:
         """Returns the device's committed bytes after. Raises BudgetExceeded, with nothing changed."""
-        return self._ask(Commit(name=name, ranges=tuple(ranges), epoch=epoch), Committed).committed_bytes
+        request = Commit(name=name, ranges=tuple(ranges), epoch=epoch)
+        timeout_s = self._timeout_s
+        if parse_device(self.welcome.device).is_chunked:
+            timeout_s += sum(stop - start for start, stop in request.ranges) / SLOWEST_COMMIT_BYTES_PER_S
+        return self._ask(request, Committed, timeout_s=timeout_s).committed_bytes
 
     def decommit(self, name: str, ranges: Iterable[Range], epoch: int) -> int:
         """Returns the device's committed bytes after."""
@@ -193,6 +201,11 @@ class AnchorClient:
             return
         with contextlib.suppress(ChannelClosed):
             self._ask(request, Ok, timeout_s=timeout_s)
+
+    def report_lost(self, reason: str, epoch: int) -> None:
+        """[worker] The device's hardware has failed. The anchor is gone after."""
+        with contextlib.suppress(ChannelClosed):
+            self._ask(ReportLost(reason=reason, epoch=epoch), Ok)
 
     def shutdown(self) -> None:
         """Returns once the anchor has let go of its memory and its address is free."""

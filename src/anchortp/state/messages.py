@@ -174,6 +174,16 @@ class Inject(Message):
     kind: FaultKind
 
 
+class ReportLost(Message):
+    """From the device's worker: its hardware has failed, for `reason`. The anchor ends without touching the memory.
+
+    There is no reply: the connection ends. StateError unless the process has the lease.
+    """
+
+    reason: str
+    epoch: int
+
+
 class Shutdown(Message):
     """A clean stop: the anchor lets go of all memory, answers Ok, and ends."""
 
@@ -195,6 +205,7 @@ Request = (
     | GetManifest
     | GetStatus
     | Inject
+    | ReportLost
     | Shutdown
 )
 

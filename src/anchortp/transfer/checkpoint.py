@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from anchortp.errors import CheckpointError
-from anchortp.layout import EXPERT, ModelUnits, ReplicatedTensor, UnitTensor
+from anchortp.layout import EXPERT, PANEL_ROWS, ModelUnits, ReplicatedTensor, UnitTensor
 from anchortp.transfer.experts import fused_place
 from anchortp.transfer.fingerprint import weight_files
 
@@ -79,11 +79,27 @@ class Checkpoint:
 
         `out`: `[rows, hidden]` of the model's dtype, contiguous, over any number of units. In each unit its parts
         are stacked (kv: rows of k, then of v; gate_up: rows of gate, then of up), columns become rows, and what
-        lies beyond the end of the checkpoint's tensor becomes zeros.
+        lies beyond the end of the checkpoint's tensor becomes zeros. Of a tensor in panels (`layout.units`) a row is
+        what takes the place of one in the arena.
 
         Raises CheckpointError when the file has become shorter, OSError when it cannot be read.
         """
         assert out.is_contiguous() and out.shape[1] == self.units.config.hidden_size, out.shape
+        if not self.units.in_panels(tensor):
+            self._read_plain(tensor, copy, first_unit, first_row, out)
+            return
+        first, last = first_row // PANEL_ROWS, -(-(first_row + out.shape[0]) // PANEL_ROWS)
+        plain = out.new_empty((last - first) * PANEL_ROWS, out.shape[1])
+        self._read_plain(tensor, copy, first_unit, first * PANEL_ROWS, plain)
+        skipped = first_row - first * PANEL_ROWS
+        if plain.shape == out.shape:
+            _to_panels(plain, out)
+        else:  # a part of a panel
+            panels = torch.empty_like(plain)
+            _to_panels(plain, panels)
+            out.copy_(panels[skipped : skipped + out.shape[0]])
+
+    def _read_plain(self, tensor: UnitTensor, copy: int, first_unit: int, first_row: int, out: Tensor) -> None:
         pending: dict[str, list[_Stretch]] = {}
         for stretch in self._stretches(tensor, copy, first_unit, first_row, out.shape[0]):
             shape = self._places[stretch.name].shape
@@ -338,6 +354,15 @@ def is_cached(fd: int, at: int) -> bool:
         if error.errno in (errno.EAGAIN, errno.EOPNOTSUPP):
             return False
         raise
+
+
+def _to_panels(plain: Tensor, out: Tensor) -> None:
+    """Writes `plain` `[rows, hidden]`, bfloat16, into `out`, of the same shape, in panels (`layout.units`)."""
+    num_pairs = plain.shape[1] // 2
+    sources = plain.view(torch.int32).view(-1, PANEL_ROWS, num_pairs)
+    panels = out.view(torch.int32).view(-1, num_pairs, PANEL_ROWS)
+    for source, panel in zip(sources, panels, strict=True):  # one by one: torch's fast transpose is for matrices
+        panel.copy_(source.t())
 
 
 def _transpose(out: Tensor, source: Tensor) -> None:

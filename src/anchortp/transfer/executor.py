@@ -16,6 +16,7 @@ from anchortp.errors import AnchorTPError, GroupAborted, StateError, WireError
 from anchortp.layout import Shard
 from anchortp.plan.plan import REPLICATED
 from anchortp.transfer.checksum import SumBook, digest
+from anchortp.transfer.device import DeviceDestination
 from anchortp.transfer.queue import Failure, Flight, Limits, TransferQueue
 from anchortp.transfer.sources import Destination, Source, Stopped
 from anchortp.transfer.work import HOST, Chunk, Geometry
@@ -77,7 +78,7 @@ class Load:
         self,
         geometry: Geometry,
         chunks: Sequence[Chunk],
-        destination: Destination,
+        destination: Destination | DeviceDestination,
         hooks: Hooks,
         *,
         expected: Mapping[str, str] | None = None,

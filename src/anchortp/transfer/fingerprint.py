@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from importlib.metadata import version
 from pathlib import Path
 
 from anchortp.config import ModelConfig
@@ -17,7 +18,7 @@ def weight_files(folder: str | Path) -> tuple[Path, ...]:
 
 
 def fingerprint(folder: str | Path, config: ModelConfig) -> str:
-    """Hex digest of `config.json`, the serving dtype, how experts are cut, and each weight file's name, size, mtime.
+    """Hex digest of `config.json`, dtype, how weights are cut and laid out, and each weight file's name, size, mtime.
 
     Two arenas with the same fingerprint hold slices of the same weights; the files' content is not read, since
     that would cost as much as loading them. Raises ConfigError if the folder cannot be read.
@@ -28,6 +29,8 @@ def fingerprint(folder: str | Path, config: ModelConfig) -> str:
         _feed(digest, "dtype", config.dtype.encode())
         if config.moe is not None:
             _feed(digest, "cut", config.moe.cut.encode())
+        if config.panels:  # as one release of torch wants them
+            _feed(digest, "panels", version("torch").encode())
         for path in weight_files(folder):
             status = path.stat()
             _feed(digest, path.name, f"{status.st_size} {status.st_mtime_ns}".encode())

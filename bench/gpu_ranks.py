@@ -1,0 +1,141 @@
+"""Ranks of one group as processes on one GPU (or a simulated one), each with its virtual device and its anchor.
+
+For `bench.gpu_sections` and `tests/gpu`. The process that starts them must not have touched CUDA: they are forked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import traceback
+from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from anchortp.arena import round_up
+from anchortp.comm import Group, ShmRegion
+from anchortp.devices import parse_device
+from anchortp.engine.accelerator import GROUPS, Accelerator
+from anchortp.state.client import AnchorClient
+from anchortp.state.launch import start_anchor
+from anchortp.transfer.tensors import tensor_of
+
+EPOCH = 1
+TIMEOUT_S = 60.0
+
+Program = Callable[..., Any]  # (group, accelerator, *args) in every rank; what it returns is sent back
+
+
+@contextlib.contextmanager
+def anchors(runtime_dir: Path, devices: tuple[str, ...], budget_bytes: int) -> Iterator[None]:
+    """An anchor per device, gone at the end."""
+    started = []
+    try:
+        for device in devices:
+            start_anchor(device=device, budget_bytes=budget_bytes, runtime_dir=runtime_dir, timeout_s=TIMEOUT_S)
+            started.append(device)
+        yield
+    finally:
+        for device in started:
+            with AnchorClient.connect(runtime_dir, device, role="tool", timeout_s=TIMEOUT_S) as client:
+                client.shutdown()
+
+
+def run_ranks(
+    kind: str,
+    runtime_dir: Path,
+    devices: tuple[str, ...],
+    slot_bytes: int,
+    program: Program,
+    *args: Any,
+    timeout_s: float = TIMEOUT_S,
+) -> list[Any]:
+    """What `program` returns on each rank of a group of `kind` ("shm", "peer", "nccl"). The anchors must run.
+
+    Raises RuntimeError with the traceback of a rank that failed, TimeoutError for one that does not answer.
+    """
+    assert not torch.cuda.is_initialized(), "ranks are forked: this process must not have touched CUDA"
+    context = multiprocessing.get_context("fork")
+    region = ShmRegion.create(EPOCH, len(devices), slot_bytes)
+    store = runtime_dir / f"store-{kind}"
+    store.unlink(missing_ok=True)
+    if kind == "peer":
+        _commit_slots(runtime_dir, devices, region.slot_bytes)
+    pipes, processes = [], []
+    try:
+        for rank in range(len(devices)):
+            here, there = context.Pipe()
+            where = (kind, str(runtime_dir), devices, rank, region.fd, str(store))
+            process = context.Process(target=_rank_main, args=(*where, there, program, args), daemon=True)
+            process.start()
+            there.close()
+            pipes.append(here)
+            processes.append(process)
+        return [_answer(pipe, rank, timeout_s) for rank, pipe in enumerate(pipes)]
+    finally:
+        region.abort("the benchmark is over")
+        for process in processes:
+            process.join(5.0)
+            if process.is_alive():
+                process.kill()
+                process.join()
+        for pipe in pipes:
+            pipe.close()
+        region.close()
+
+
+def _commit_slots(runtime_dir: Path, devices: tuple[str, ...], slot_bytes: int) -> None:
+    for device in devices:
+        num_bytes = round_up(2 * slot_bytes, parse_device(device).page_bytes)
+        with AnchorClient.connect(runtime_dir, device, role="tool", timeout_s=TIMEOUT_S) as client:
+            if all(arena.name != "slots" for arena in client.status().arenas):
+                client.create_arena("slots", num_bytes, EPOCH).close()
+            client.commit("slots", [(0, num_bytes)], EPOCH)
+
+
+def _answer(pipe: Connection, rank: int, timeout_s: float) -> Any:
+    if not pipe.poll(timeout_s):
+        raise TimeoutError(f"rank {rank} did not answer within {timeout_s} s")
+    ok, value = pipe.recv()
+    if not ok:
+        raise RuntimeError(f"rank {rank} failed:\n{value}")
+    return value
+
+
+def _rank_main(
+    kind: str,
+    runtime_dir: str,
+    devices: tuple[str, ...],
+    rank: int,
+    region_fd: int,
+    store: str,
+    pipe: Connection,
+    program: Program,
+    args: tuple,
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        accelerator = Accelerator.of(parse_device(devices[rank]))
+        region = ShmRegion.attach(region_fd, epoch=EPOCH)
+        slots = [open_tensor(runtime_dir, device, "slots", accelerator) for device in devices] if kind == "peer" else []
+        group: Group = GROUPS[kind](region, rank, TIMEOUT_S, accelerator, store, slots)
+        result = program(group, accelerator, *args)
+        group.close()
+        pipe.send((True, result))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+
+
+def open_tensor(runtime_dir: str | Path, device: str, name: str, accelerator: Accelerator) -> torch.Tensor:
+    """An arena of any device's anchor, mapped for `accelerator`."""
+    with (
+        AnchorClient.connect(
+            runtime_dir, device, role="tool", timeout_s=TIMEOUT_S, open_driver=accelerator.open_driver
+        ) as client,
+        client.open_arena(name, EPOCH) as arena,
+    ):
+        client.refresh(arena, EPOCH)
+        return tensor_of(arena)

@@ -1,0 +1,92 @@
+"""[worker] The hardware under a worker's device: where tensors go, how to wait for it, which groups it can form."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from anchortp.arena import VmmDriver, driver_of
+from anchortp.comm import GlooGroup, Group, NcclGroup, PeerGroup, ShmGroup, ShmRegion, StagedGroup
+from anchortp.comm.peer import mark_stream
+from anchortp.devices import Device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Accelerator:
+    """`torch_device` is None for the host's own memory, where tensors are by default.
+
+    `open_driver`: of arenas made of chunks, so that this device can read them; None on plain CPU devices.
+    """
+
+    torch_device: torch.device | None
+    open_driver: Callable[[], VmmDriver] | None
+
+    @classmethod
+    def of(cls, device: Device) -> Accelerator:
+        """In the process that is to compute on it: a GPU becomes torch's current one, its context is made now.
+
+        Raises ConfigError where there is no such GPU, or no driver for it.
+        """
+        open_driver = driver_of(device) if device.is_chunked else None
+        if device.kind != "cuda":
+            return cls(torch_device=None, open_driver=open_driver)
+        assert open_driver is not None
+        open_driver()  # says what is missing better than torch does
+        torch_device = torch.device("cuda", device.index)
+        torch.cuda.set_device(torch_device)
+        torch.cuda.synchronize()
+        return cls(torch_device=torch_device, open_driver=open_driver)
+
+    def placing(self) -> AbstractContextManager[object]:
+        """New tensors are made on the device."""
+        return contextlib.nullcontext() if self.torch_device is None else self.torch_device
+
+    def synchronize(self) -> None:
+        """Returns when nothing that this process started on the device still runs.
+
+        A kernel that hangs holds this up, and then the controller, whose patience is bounded, kills the process.
+        """
+        if self.torch_device is not None:
+            torch.cuda.synchronize(self.torch_device)
+
+    def mark(self) -> Callable[[], bool]:
+        """As `comm.peer.Mark`."""
+        return mark_stream() if self.torch_device is not None else _reached
+
+
+def _reached() -> bool:
+    return True
+
+
+# Region, rank, timeout, the accelerator, a path for a store that no other group uses, and every rank's slots.
+_MakeGroup = Callable[[ShmRegion, int, float, Accelerator, str, list[Tensor]], Group]
+
+
+def _shm(region: ShmRegion, rank: int, timeout_s: float, accelerator: Accelerator, *_: object) -> Group:
+    host = ShmGroup(region, rank, timeout_s)
+    return host if accelerator.torch_device is None else StagedGroup(host)
+
+
+def _gloo(region: ShmRegion, rank: int, timeout_s: float, _: Accelerator, store_path: str, *__: object) -> Group:
+    return GlooGroup(region, rank, timeout_s, store_path=store_path)
+
+
+def _peer(
+    region: ShmRegion, rank: int, timeout_s: float, accelerator: Accelerator, _: str, slots: list[Tensor]
+) -> Group:
+    return PeerGroup(region, rank, timeout_s, slots, mark=accelerator.mark)
+
+
+def _nccl(
+    region: ShmRegion, rank: int, timeout_s: float, accelerator: Accelerator, store_path: str, *_: object
+) -> Group:
+    assert accelerator.torch_device is not None, "config lets nccl through for GPUs alone"
+    return NcclGroup(region, rank, timeout_s, store_path=store_path, device=accelerator.torch_device)
+
+
+GROUPS: dict[str, _MakeGroup] = {"shm": _shm, "gloo": _gloo, "peer": _peer, "nccl": _nccl}

@@ -1,0 +1,30 @@
+"""The engine on virtual devices of one GPU: faults change no token."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.procs.engine_tools import running_engine
+from tests.tiny_model import write_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("llama") / "model")
+
+
+@pytest.mark.parametrize("collectives", ["peer", "shm"])
+def test_a_lost_device_and_a_crashed_worker_change_no_token(folder, collectives):
+    options = {"kind": "cuda:0/", "collectives": collectives, "device_memory_bytes": 1 << 30}
+    with running_engine(folder, 3, min_step_deadline_s=10.0, **options) as driver:
+        streams = driver.speak(3, 60)
+        driver.inject("cuda:0/2", "lost")
+        for stream in streams:
+            stream.check()
+        assert driver.wait_recovered(2)[-1]["devices_lost"] == ["cuda:0/2"]
+        streams, pid = driver.speak(3, 60), driver.worker_pid("cuda:0/1")
+        driver.inject("cuda:0/1", "crash")
+        driver.replaced("cuda:0/1", pid)
+        for stream in streams:
+            stream.check()
+        assert driver.wait_recovered(3)[-1]["bytes"]["loaded"] == 0

@@ -1,0 +1,49 @@
+"""The check for GPUs does not rot: without one it says so, and its measurements run on simulated devices."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def gpu_check(*arguments: str) -> tuple[dict, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu_check", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidiactl"), reason="this machine has a GPU")
+def test_without_a_gpu_it_says_so_and_is_content():
+    result, told = gpu_check()
+    assert result["checked"] is False
+    assert "nothing was checked" in told and result["why"] in told
+
+
+def test_every_measurement_runs_on_simulated_devices(tmp_path):
+    result, told = gpu_check(
+        "--kind", "sim", "--reports", str(tmp_path), "--parts", "memory,survival,collectives,engine"
+    )
+    figures = {name: part["figures"] for name, part in result["parts"].items()}
+    assert figures["memory"]["num_chunks"] == 256 and figures["memory"]["peer_arena_to_arena_bytes_per_s"] > 0
+    assert figures["survival"]["sigkill"]["bytes_whole"] is True
+    assert set(figures["collectives"]) == {f"{kind}, {num} ranks" for kind in ("peer", "shm") for num in (2, 4)}
+    for kind in ("lost", "crash"):
+        struck = figures["engine"][kind]
+        assert struck["failed"] == [] and struck["same_answers"] == struck["num_answers"] == 8
+    assert figures["engine"]["lost"]["bytes"]["loaded"] > 0 == figures["engine"]["crash"]["bytes"]["loaded"]
+    (report,) = tmp_path.glob("*.md")
+    assert "| peer, 2 ranks: 16x64_bf16_s |" in report.read_text() and report.name in told
+    assert json.loads(report.with_suffix(".json").read_text()) == result
