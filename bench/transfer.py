@@ -38,7 +38,7 @@ from anchortp.plan import POLICIES, FromHost, FromPeer, Move, Plan, Problem, loc
 from anchortp.plan.plan import REPLICATED
 from anchortp.transfer.checkpoint import Checkpoint
 from anchortp.transfer.executor import Hooks, Load, Loaded
-from anchortp.transfer.packed import PackedColumns, Packer
+from anchortp.transfer.packed import PackedWeights, Packer
 from anchortp.transfer.sources import Destination, HostSource, PeerSource
 from anchortp.transfer.work import HOST, Geometry, complete
 from bench.common import conditions, console, finish, spread
@@ -150,7 +150,7 @@ class Order:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pack:
-    """Fill the file of packed columns from the arena, and read from it from now on."""
+    """Fill the file of packed weights from the arena, and read from it from now on."""
 
     path: Path
     shard: Shard
@@ -167,7 +167,7 @@ class Worker:
         self.checkpoint = Checkpoint.open(folder, units)
         self.buffer = torch.frombuffer(arenas[device].map(), dtype=torch.uint8)
         self.destination = Destination(arenas[device], self.buffer)
-        self.packed: PackedColumns | None = None
+        self.packed: PackedWeights | None = None
 
     def serve(self, pipe: Connection) -> None:
         while (order := pipe.recv()) is not None:
@@ -182,7 +182,7 @@ class Worker:
             pipe.send(self._load(order))
 
     def _pack(self, order: Pack) -> None:
-        self.packed = PackedColumns(order.path, self.geometry)
+        self.packed = PackedWeights(order.path, self.geometry)
         packer = Packer(self.packed, self.geometry, order.shard, self.buffer, pace=1.0)
         packer.start()
         packer.join()
@@ -256,7 +256,7 @@ class Machine:
             self.sums |= result.sums
 
     def pack(self, path: Path) -> float:
-        """Seconds to write the packed columns, all devices at once."""
+        """Seconds to write the packed weights, all devices at once."""
         began_s = time.perf_counter()
         for device in self.devices:
             self._pipes[device].send(Pack(path=path, shard=self.before[device]))
@@ -569,7 +569,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--movers", type=int, default=1, help="threads of one device's load that move")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the floor's memcpy")
     parser.add_argument("--cold-pages", action="store_true", help="allocate the destinations' pages in the load")
-    parser.add_argument("--unpacked", action="store_true", help="read columns from the checkpoint itself")
+    parser.add_argument("--unpacked", action="store_true", help="read everything from the checkpoint itself")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--tiny", action="store_true", help="a model of a few megabytes: does the benchmark run?")
     args = parser.parse_args(argv)
@@ -586,7 +586,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         machine = Machine(folder, num_devices, args.movers)
         try:
             if not args.unpacked:
-                results.setdefault("pack_s", []).append(machine.pack(folder / "columns.packed"))
+                results.setdefault("pack_s", []).append(machine.pack(folder / "packed"))
             for change, (size, lost) in CHANGES.items():
                 if size == num_devices:
                     results["changes"][change] = measure(machine, lost, args, memcpy)

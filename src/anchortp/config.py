@@ -292,7 +292,7 @@ class EngineConfig:
     pipelined_load: bool = True  # a layer computes when its weights are there
     speeds: tuple[tuple[str, float], ...] = ()
     min_step_deadline_s: float = 2.0
-    packed_folder: str = ""  # where row-parallel weights are kept as rows (`transfer.packed`); "": nowhere
+    packed_folder: str = ""  # where weights are kept as arenas hold them (`transfer.packed`); "": nowhere
     kv_mirror_slots: int = 0  # blocks, with all KV heads, that the host's mirror holds; 0: no mirror
 
     @property

@@ -1,4 +1,4 @@
-"""Columns kept as rows: read back as the checkpoint gives them, believed only where they add up."""
+"""Weights kept as arenas hold them: read back as the checkpoint gives them, believed only where they add up."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ import torch
 from anchortp.layout import empty_shard, initial_layout
 from anchortp.transfer import sources, work
 from anchortp.transfer.executor import Loaded
-from anchortp.transfer.packed import PackedColumns, Packer, is_packed
+from anchortp.transfer.packed import PackedWeights, Packer, is_packed
 from anchortp.transfer.sources import HostSource
 from tests.cpu.transfer_tools import Bench
 from tests.tiny_model import write_model
 
-SIZES = [(1 << 20, 4 << 20), (1000, 5000)]
+SIZES = {"large": (1 << 20, 4 << 20), "small": (1000, 5000), "panels": (8192, 65536)}
 
 
-@pytest.fixture(params=SIZES, ids=["large", "small"])
+@pytest.fixture(params=["large", "small", "panels"])
 def bench(request, tmp_path, monkeypatch):
-    monkeypatch.setattr(work, "SEGMENT_BYTES", request.param[0])
-    monkeypatch.setattr(work, "CHUNK_BYTES", request.param[1])
-    bench = Bench(write_model(tmp_path / "model", dtype="bfloat16"))
+    segment_bytes, chunk_bytes = SIZES[request.param]
+    monkeypatch.setattr(work, "SEGMENT_BYTES", segment_bytes)
+    monkeypatch.setattr(work, "CHUNK_BYTES", chunk_bytes)
+    shape = {"head_dim": 64, "intermediate_size": 512} if request.param == "panels" else {}
+    bench = Bench(write_model(tmp_path / "model", dtype="bfloat16", **shape), panels=request.param == "panels")
+    assert any(map(bench.units.in_panels, bench.units.tensors)) == (request.param == "panels")
     yield bench
     bench.close()
 
 
 @pytest.fixture
 def packed(bench, tmp_path):
-    packed = PackedColumns(tmp_path / "cache" / "columns", bench.geometry)
+    packed = PackedWeights(tmp_path / "cache" / "columns", bench.geometry)
     yield packed
     packed.close()
 
@@ -45,14 +48,14 @@ def fill(bench, packed):
 
 
 def reads(bench, packed):
-    """Per chunk of columns whether it came from the file; what came is compared with the arena."""
+    """Per chunk that is kept whether it came from the file; what came is compared with the arena."""
     everything = work.complete(bench.geometry, "cpu:0", empty_shard("cpu:0"), shard_of(bench), [], False)
     arena, found = bench.arena("cpu:0"), []
     for chunk in bench.geometry.chunks(everything):
         out = torch.zeros(chunk.num_bytes, dtype=torch.uint8)
         came = packed.read(chunk, out)
-        assert came == (came and is_packed(chunk.region))
-        if is_packed(chunk.region):
+        assert came == (came and is_packed(bench.units, chunk.region))
+        if is_packed(bench.units, chunk.region):
             found.append(came)
         if came:
             assert torch.equal(out, arena[chunk.start : chunk.stop])
@@ -67,7 +70,7 @@ def test_what_was_packed_is_read_back_and_the_rest_is_not_there(bench, packed):
 
 
 def test_another_process_sees_what_one_has_written(bench, packed, tmp_path):
-    other = PackedColumns(tmp_path / "cache" / "columns", bench.geometry)
+    other = PackedWeights(tmp_path / "cache" / "columns", bench.geometry)
     fill(bench, packed)
     assert all(reads(bench, other))
     other.close()
@@ -91,7 +94,7 @@ def test_a_torn_segment_is_not_believed_and_the_load_reads_the_checkpoint(bench,
     assert torch.equal(bench.arena("cpu:1"), bench.arena("cpu:0"))
 
 
-def with_packed(source: HostSource, packed: PackedColumns) -> HostSource:
+def with_packed(source: HostSource, packed: PackedWeights) -> HostSource:
     return sources.HostSource(source._checkpoint, packed)
 
 

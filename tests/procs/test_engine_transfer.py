@@ -1,4 +1,4 @@
-"""Loads in a running engine: sources that fail, columns kept as rows, and no wrong token."""
+"""Loads in a running engine: sources that fail, weights kept as arenas hold them, and no wrong token."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from anchortp.config import load_model_config
 from anchortp.engine.faults import Strike
 from anchortp.layout import WeightAddresses, model_units
-from anchortp.transfer.packed import PackedColumns
+from anchortp.transfer.packed import PackedWeights
 from anchortp.transfer.work import Geometry
 from tests.procs.engine_tools import running_engine
 from tests.tiny_model import write_model
@@ -38,12 +38,12 @@ def test_the_host_fails_once_in_a_recovery(folder, kind):
         driver.check_fired()
 
 
-def test_columns_are_packed_while_serving_and_read_in_a_recovery(folder, tmp_path):
+def test_weights_are_packed_while_serving_and_read_in_a_recovery(folder, tmp_path):
     with running_engine(folder, 3, packed_folder=str(tmp_path)) as driver:
         driver.speak(1, 20)[0].check()
         units = model_units(load_model_config(folder))
         (path,) = tmp_path.iterdir()
-        packed = PackedColumns(path, Geometry(WeightAddresses(units=units)))
+        packed = PackedWeights(path, Geometry(WeightAddresses(units=units)))
         deadline_s = time.monotonic() + DEADLINE_S
         while not all(packed._table):
             assert time.monotonic() < deadline_s, "the file is not filled"

@@ -108,12 +108,12 @@ def serve(
     pipelined_load: Annotated[
         bool, typer.Option(help="Compute the first layers while the last are still loaded.")
     ] = True,
-    packed_columns: Annotated[
+    packed_weights: Annotated[
         bool,
         typer.Option(
-            "--packed-columns",
-            help="Keep row-parallel weights transposed in the cache folder: loads read "
-            "them several times as fast, for a third of the model's size on disk.",
+            "--packed-weights",
+            help="Keep weights in the cache folder as devices hold them: loads read them several times as fast, for up "
+            "to the model's size on disk.",
         ),
     ] = False,
     served_model_name: Annotated[str | None, typer.Option(help="Name in the API. Default: the folder's.")] = None,
@@ -163,7 +163,7 @@ def serve(
         eplb=eplb,
         eplb_interval_s=eplb_interval,
         pipelined_load=pipelined_load,
-        packed_folder=str(cache_folder() / "packed") if packed_columns else "",
+        packed_folder=str(cache_folder() / "packed") if packed_weights else "",
         speeds=serving.parse_speeds(speed or []),
     )
 

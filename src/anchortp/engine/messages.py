@@ -23,7 +23,7 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Assign(_Message):
     """Become the worker of `device`: connect to its anchor and take the lease. -> WorkerAttached
 
-    `packed_folder`: where columns are kept as rows (`transfer.packed`); "": nowhere.
+    `packed_folder`: where weights are kept as arenas hold them (`transfer.packed`); "": nowhere.
     """
 
     device: str

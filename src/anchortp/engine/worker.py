@@ -60,7 +60,7 @@ from anchortp.transfer.device import DeviceDestination, MappedSource, StagedSour
 from anchortp.transfer.executor import Hooks, Load, Loaded, Progress
 from anchortp.transfer.faulty import Fault, FaultySource
 from anchortp.transfer.fingerprint import fingerprint
-from anchortp.transfer.packed import PackedColumns, Packer, open_packed
+from anchortp.transfer.packed import PackedWeights, Packer, open_packed
 from anchortp.transfer.queue import Failure
 from anchortp.transfer.sources import Destination, HostSource, PeerSource, Source
 from anchortp.transfer.tensors import tensor_of
@@ -147,7 +147,7 @@ class Worker:
         self._checkpoint: Checkpoint | None = None
         self._load: Load | None = None
         self._load_ticket: int | None = None
-        self._packed: PackedColumns | None = None
+        self._packed: PackedWeights | None = None
         self._packer: Packer | None = None
         self._packing = threading.Lock()  # a load's end and a group's begin may both start the packer
         self._rates: dict[str, float] = {}  # bytes per second of links, by the last load that used them

@@ -1,10 +1,12 @@
-"""Columns kept as rows: a file with the row-parallel weights of a model as arenas hold them, unit by unit.
+"""Weights kept as arenas hold them: a file beside the checkpoint, unit by unit.
 
-A checkpoint has the columns of such a weight (attention output, MLP down) strided: a few bytes of every page belong
-to a unit, so that reading one unit maps (or reads from disk) the whole tensor, and then it has to be transposed. Here
-a unit's block is contiguous and read as fast as rows are. Workers fill the file from their arenas when they have
-nothing better to do, and every later load, of any layout, reads from it; what is not there is read from the
-checkpoint. It takes the size of these weights (a third of a model) on disk and can be deleted at any time.
+A checkpoint has the columns of a row-parallel weight (attention output, MLP down) strided: a few bytes of every page
+belong to a unit, so that reading one unit maps (or reads from disk) the whole tensor, and then it has to be
+transposed. Weights that lie in panels (`layout.units`) have to be rearranged as well. Here a unit's block is
+contiguous and as the arena wants it. Workers fill the file from their arenas when they have nothing better to do, and
+every later load, of any layout, reads from it; what is not there is read from the checkpoint. Tensors that are the
+same in both are left out. It takes a third of the model's size on disk, with panels all of it, and can be deleted at
+any time.
 
 The file ends with the xxh3_64 of every segment (`transfer.work`), 0 where there is none. It is written after its
 segment, and believed only if the segment adds up to it: processes share the file without locks, and a segment that
@@ -24,7 +26,7 @@ from pathlib import Path
 from torch import Tensor
 
 from anchortp.errors import CheckpointError
-from anchortp.layout import ReplicatedTensor, Shard, UnitTensor
+from anchortp.layout import ModelUnits, ReplicatedTensor, Shard
 from anchortp.transfer.checkpoint import fill, is_cached
 from anchortp.transfer.checksum import digest_value
 from anchortp.transfer.work import Chunk, Geometry, Region
@@ -33,7 +35,7 @@ PACE = 0.1  # share of the time in which a worker that serves fills the file
 _WORD_BYTES = 8
 
 
-class PackedColumns:
+class PackedWeights:
     """The file of one model, for any number of threads and processes. `close` it."""
 
     def __init__(self, path: Path, geometry: Geometry):
@@ -42,7 +44,9 @@ class PackedColumns:
         self._bases: dict[tuple[str, int], tuple[int, int]] = {}  # (key, copy) -> first byte, first segment
         num_bytes = num_segments = 0
         for regions in geometry.regions.values():
-            for region in filter(is_packed, regions):
+            for region in regions:
+                if not is_packed(geometry.units, region):
+                    continue
                 self._bases[region.tensor.key, region.copy] = num_bytes, num_segments
                 count = geometry.units.num_units[region.family]
                 num_bytes += count * region.block_bytes
@@ -110,7 +114,7 @@ class PackedColumns:
         region = chunk.region
         first, rest = divmod(chunk.first_byte, region.segment_bytes)
         num_blocks, end = divmod(chunk.first_byte + chunk.num_bytes, region.block_bytes)
-        if not is_packed(region) or rest or end % region.segment_bytes:
+        if not is_packed(self._geometry.units, region) or rest or end % region.segment_bytes:
             return range(0)
         start = self._first_number(region, chunk.unit)
         return range(start + first, start + num_blocks * region.num_segments + end // region.segment_bytes)
@@ -122,30 +126,30 @@ class PackedColumns:
         return self._bases[region.tensor.key, region.copy][1] + unit * region.num_segments
 
 
-def open_packed(path: Path, geometry: Geometry) -> PackedColumns | None:
+def open_packed(path: Path, geometry: Geometry) -> PackedWeights | None:
     """None, and a line in the log, where the file cannot be had: everything works without it, slower."""
     try:
-        return PackedColumns(path, geometry)
+        return PackedWeights(path, geometry)
     except OSError as error:
-        logging.getLogger(__name__).warning("%s cannot be used (%s): columns are read from the checkpoint", path, error)
+        logging.getLogger(__name__).warning(
+            "%s cannot be used (%s): all weights are read from the checkpoint", path, error
+        )
         return None
 
 
-def is_packed(region: Region) -> bool:
-    """Whether the region's tensor is cut along columns in the checkpoint."""
+def is_packed(units: ModelUnits, region: Region) -> bool:
+    """Whether the region's tensor lies otherwise in an arena than in the checkpoint."""
     tensor = region.tensor
-    return not isinstance(tensor, ReplicatedTensor) and _is_columns(tensor)
-
-
-def _is_columns(tensor: UnitTensor) -> bool:
-    return all(part.axis == 1 for part in tensor.parts)
+    if isinstance(tensor, ReplicatedTensor):
+        return False
+    return units.in_panels(tensor) or all(part.axis == 1 for part in tensor.parts)
 
 
 class Packer:
     """A thread that fills the file with what a shard holds, `pace` of the time. `buffer`: the weights arena, in which
     the shard's slots stay as they are until `stop` has returned."""
 
-    def __init__(self, packed: PackedColumns, geometry: Geometry, shard: Shard, buffer: Tensor, pace: float = PACE):
+    def __init__(self, packed: PackedWeights, geometry: Geometry, shard: Shard, buffer: Tensor, pace: float = PACE):
         self._packed = packed
         self._geometry = geometry
         self._shard = shard
@@ -183,6 +187,8 @@ class Packer:
 
     def _blocks(self) -> Iterator[tuple[Region, int, int]]:
         for family, regions in self._geometry.regions.items():
-            for region in filter(is_packed, regions):
+            for region in regions:
+                if not is_packed(self._geometry.units, region):
+                    continue
                 for slot, unit in enumerate(self._shard[family]):
                     yield region, unit, slot

@@ -18,7 +18,7 @@ from anchortp.arena import IntervalSet, MemfdArena
 from anchortp.errors import StateError
 from anchortp.layout import ReplicatedTensor
 from anchortp.transfer.checkpoint import Checkpoint, fill
-from anchortp.transfer.packed import PackedColumns
+from anchortp.transfer.packed import PackedWeights
 from anchortp.transfer.work import Chunk
 
 MADV_POPULATE_READ = 22  # Linux 5.14; maps the pages that are there, many at a time
@@ -52,7 +52,7 @@ class Source(Protocol):
 class HostSource:
     """The checkpoint's files, and what is kept of them in a better order. Keeps nothing open of its own."""
 
-    def __init__(self, checkpoint: Checkpoint, packed: PackedColumns | None = None):
+    def __init__(self, checkpoint: Checkpoint, packed: PackedWeights | None = None):
         self._checkpoint = checkpoint
         self._packed = packed
         config = checkpoint.units.config
