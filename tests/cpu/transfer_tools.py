@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,8 +27,8 @@ END_TIMEOUT_S = 60.0
 class Bench:
     """A checkpoint and the arenas of devices; closes what it opened."""
 
-    def __init__(self, folder: Path):
-        self.units = model_units(load_model_config(folder))
+    def __init__(self, folder: Path, *, panels: bool = False):
+        self.units = model_units(replace(load_model_config(folder), panels=panels))
         self.addresses = WeightAddresses(units=self.units)
         self.geometry = Geometry(self.addresses)
         self.checkpoint = Checkpoint.open(folder, self.units)
