@@ -344,7 +344,7 @@ def resolve_engine_config(
 ) -> EngineConfig:
     """Resolves what was left open from the model and this machine, and freezes it.
 
-    `weights`: "plain", or "auto", packed where that is known to be what the CPU's matmul reads fastest.
+    `weights`: "plain", or "auto": in panels where those are known to be what the CPU's matmul reads.
     `device_memory_bytes`: an equal share of 80 % of the memory that is free now. `max_model_len`: the model's,
     but at most 8192. `kv_tokens`: every sequence at full length. `kv_mirror`: "host" or "off"; `kv_mirror_bytes`:
     room for the whole KV cache, but at most a tenth of the free memory. `expert_cut`: see `MoEConfig.cut`.

@@ -27,7 +27,7 @@ from anchortp.layout import (
     initial_layout,
     model_units,
 )
-from anchortp.transfer.checkpoint import INDEX_NAME, PANEL_COLUMNS, Checkpoint, _transpose
+from anchortp.transfer.checkpoint import INDEX_NAME, STRIP_COLUMNS, Checkpoint, _transpose
 from anchortp.transfer.fingerprint import fingerprint
 from anchortp.transfer.hub import resolve_model
 from anchortp.transfer.loader import Item, coalesce, load_replicated, load_units
@@ -229,7 +229,7 @@ def test_no_weights(tmp_path: Path) -> None:
 
 @given(
     rows=st.integers(1, 70),
-    columns=st.integers(1, 2 * PANEL_COLUMNS + 3),
+    columns=st.integers(1, 2 * STRIP_COLUMNS + 3),
     wider=st.integers(0, 5),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
 )

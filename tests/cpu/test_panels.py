@@ -8,14 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from anchortp.config import load_model_config, reads_panels, resolve_engine_config
 from anchortp.errors import CheckpointError, ConfigError
 from anchortp.layout import (
     FAMILIES,
-    MLP,
     PANEL_ROWS,
     Layout,
     WeightAddresses,
@@ -23,7 +22,7 @@ from anchortp.layout import (
     model_units,
 )
 from anchortp.model import panels
-from anchortp.transfer.checkpoint import Checkpoint, _to_panels
+from anchortp.transfer.checkpoint import _to_panels
 from anchortp.transfer.fingerprint import fingerprint
 from tests.cpu.model_tools import (
     TPGroup,
@@ -144,7 +143,7 @@ def test_a_torch_that_packs_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch
         panels.check_panels(160)
 
 
-def test_what_in_panels_and_what_not(folder: Path, tmp_path: Path) -> None:
+def test_what_lies_in_panels_and_what_does_not(folder: Path, tmp_path: Path) -> None:
     config = load_model_config(folder)
     units = model_units(replace(config, panels=True))
     keys = {tensor.key for tensor in units.tensors if units.in_panels(tensor)}
@@ -161,18 +160,3 @@ def test_what_in_panels_and_what_not(folder: Path, tmp_path: Path) -> None:
     assert resolved() and not resolved(weights="plain") and not resolved(dtype="float32")
     with pytest.raises(ConfigError, match="'auto' or 'plain'"):
         resolved(weights="transposed")
-
-
-@given(first=st.integers(0, 200), count=st.integers(1, 120))
-@settings(max_examples=40, deadline=None)
-def test_any_rows_of_a_tensor_in_panels_can_be_read_alone(folder: Path, first: int, count: int) -> None:
-    """A unit may come in parts from several sources."""
-    units = model_units(replace(load_model_config(folder), panels=True))
-    checkpoint = Checkpoint.open(folder, units)
-    tensor = next(t for t in units.tensors if t.key == "gate_up")
-    whole = torch.empty(units.num_units[MLP] * tensor.rows, SHAPE["hidden_size"], dtype=torch.bfloat16)
-    checkpoint.read(tensor, 1, 0, units.num_units[MLP], whole)
-    unit, row = divmod(first, tensor.rows)
-    part = torch.empty(count, SHAPE["hidden_size"], dtype=torch.bfloat16)
-    checkpoint.read_rows(tensor, 1, unit, row, part)
-    assert torch.equal(part, whole[first : first + count])

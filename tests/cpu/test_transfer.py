@@ -46,6 +46,18 @@ def bench(folder):
     bench.close()
 
 
+@pytest.fixture(params=[False, True], ids=["plain", "panels"])
+def wide(request, tmp_path):
+    """A model whose weights may lie in panels."""
+    shape = {"head_dim": 64, "intermediate_size": 512, "vocab_size": 600}
+    folder = write_model(tmp_path / "wide", dtype="bfloat16", tie_word_embeddings=False, **shape)
+    bench = Bench(folder, panels=request.param)
+    in_panels = {tensor.key for tensor in bench.units.tensors if bench.units.in_panels(tensor)}
+    assert in_panels == ({"q", "kv", "gate_up", "lm_head"} if request.param else set())
+    yield bench
+    bench.close()
+
+
 def whole(bench):
     return initial_layout(bench.units, ["cpu:0"]).shards[0]
 
@@ -89,34 +101,34 @@ def test_a_checkpoint_in_another_dtype_is_converted(folder, tmp_path):
     bench.close()
 
 
-def test_peers_and_host_together_and_the_sums_agree_whatever_the_way(bench):
-    shard = whole(bench)
-    first = bench.run("cpu:0", shard)
-    peers = {"cpu:1": shuffled(bench, "cpu:1", 0.5, 2), "cpu:2": shuffled(bench, "cpu:2", 0.4, 3)}
+def test_peers_and_host_together_and_the_sums_agree_whatever_the_way(wide):
+    shard = whole(wide)
+    first = wide.run("cpu:0", shard)
+    peers = {"cpu:1": shuffled(wide, "cpu:1", 0.5, 2), "cpu:2": shuffled(wide, "cpu:2", 0.4, 3)}
     for device, held in peers.items():
-        bench.fill(device, held)
-    moves = moves_from(bench, "cpu:3", shard, peers)
-    second = bench.run("cpu:3", shard, moves=moves, expected=first.sums)
+        wide.fill(device, held)
+    moves = moves_from(wide, "cpu:3", shard, peers)
+    second = wide.run("cpu:3", shard, moves=moves, expected=first.sums)
     assert second.sums == first.sums and second.rerouted == ()
     assert second.peer_bytes == sum(move.num_bytes for move in moves) > 0
     assert set(second.links) == {"host", "cpu:1", "cpu:2"}
-    assert bench.num_closed == 2
-    assert_same(bench, "cpu:3", shard)
+    assert wide.num_closed == 2
+    assert_same(wide, "cpu:3", shard)
 
 
-def test_a_unit_in_parts_over_several_routes(bench):
-    shard = whole(bench)
-    first = bench.run("cpu:0", shard)
-    bench.fill("cpu:1", shard)
+def test_a_unit_in_parts_over_several_routes(wide):
+    shard = whole(wide)
+    first = wide.run("cpu:0", shard)
+    wide.fill("cpu:1", shard)
     rng = random.Random(7)
     moves = []
-    for move in moves_from(bench, "cpu:2", shard, {"cpu:1": shard}):
+    for move in moves_from(wide, "cpu:2", shard, {"cpu:1": shard}):
         start = rng.randrange(move.num_bytes)
         stop = rng.randrange(start, move.num_bytes) + 1
         moves.append(work.replace(move, first_byte=start, num_bytes=stop - start))
-    result = bench.run("cpu:2", shard, moves=moves, expected=first.sums)
+    result = wide.run("cpu:2", shard, moves=moves, expected=first.sums)
     assert result.sums == first.sums and result.peer_bytes == sum(m.num_bytes for m in moves)
-    assert_same(bench, "cpu:2", shard)
+    assert_same(wide, "cpu:2", shard)
 
 
 def test_a_relocation_within_the_device(bench):

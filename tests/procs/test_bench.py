@@ -35,7 +35,6 @@ SERVING = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     tokenizer = byte_level_bpe()
-    # transformers, which loads the tokenizer, wants a hidden size that is a multiple of the number of heads.
     changes = {"vocab_size": tokenizer.get_vocab_size(), "hidden_size": 96, "eos_token_id": None}
     folder = write_model(tmp_path_factory.mktemp("bench") / "model", **changes)
     save_tokenizer(tokenizer, folder)

@@ -74,7 +74,7 @@ def serve(
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
-    weights: Annotated[WeightsLayout, typer.Option(help="plain: not packed for this CPU's matmul.")] = (
+    weights: Annotated[WeightsLayout, typer.Option(help="plain: not in the panels that this CPU's matmul reads.")] = (
         WeightsLayout.auto
     ),
     expert_cut: Annotated[

@@ -74,6 +74,10 @@ class ExpertBalancer:
         choices = device_times(self._window.loads, now.shares, ones, np.zeros((self._shape[0], 1))).max(axis=1).sum()
         return max(self._mean_step_s, 1e-6) / max(float(choices), 1.0)
 
+    def plan(self, stage: Stage, layout: Layout, reason: str) -> Plan:
+        """The copies of one stage as moves, and its drops as what the layout after it lacks."""
+        return _plan(stage, layout, self._units.unit_bytes[EXPERT], reason)
+
     def adopt(self, placement: Placement) -> None:
         """These shares hold from the next step on, or from the next layout on."""
         self._wanted = placement
@@ -102,9 +106,8 @@ class ExpertBalancer:
         }
 
 
-def plan_of(stage: Stage, layout: Layout, units: ModelUnits, reason: str) -> Plan:
-    """The copies of one stage as moves, and its drops as what the layout after it lacks."""
-    after, moves, size = layout, [], units.unit_bytes[EXPERT]
+def _plan(stage: Stage, layout: Layout, size: int, reason: str) -> Plan:
+    after, moves = layout, []
     for copy in stage.copies:
         shard, source = after[copy.device], FromHost()
         if copy.source is not None:

@@ -17,14 +17,13 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from anchortp.comm import ShmRegion
 from anchortp.config import EngineConfig
 from anchortp.devices import check_engine_devices
 from anchortp.engine import messages as m
 from anchortp.engine.api import DeviceChange, EngineRequest, Sink, TokenOutput
-from anchortp.engine.balancer import ExpertBalancer, plan_of
 from anchortp.engine.blocks import BlockPool
 from anchortp.engine.faults import Strike
 from anchortp.engine.keeper import KVKeeper
@@ -40,13 +39,16 @@ from anchortp.errors import (
     RequestError,
     WireError,
 )
-from anchortp.layout import EXPERT, KV, empty_shard, model_units
+from anchortp.layout import EXPERT, KV, ModelUnits, empty_shard, model_units
 from anchortp.plan import FromPeer, Move
 from anchortp.recovery import Coordinator, RecoveryConfig, StepDeadline
 from anchortp.recovery import events as ev
 from anchortp.recovery.coordinator import IDLE, REFUSING, SERVING
 from anchortp.state.wire import private_directory
 from anchortp.transfer.fingerprint import fingerprint
+
+if TYPE_CHECKING:
+    from anchortp.engine.balancer import ExpertBalancer
 
 log = logging.getLogger("anchortp.engine")
 
@@ -89,8 +91,7 @@ class ElasticEngine:
         self._strikes = strikes
         self._keep_anchors = keep_anchors
         self._deadline = StepDeadline(floor_s=config.min_step_deadline_s)
-        by_experts = config.model.moe is not None and config.model.moe.cut == "experts"
-        self._balancer = ExpertBalancer(self.units, config.eplb_interval_s) if by_experts and config.eplb else None
+        self._balancer = _expert_balancer(config, self.units)
         self._thread = threading.Thread(target=self._main, name="anchortp-engine", daemon=True)
         self._selector = selectors.DefaultSelector()
         self._wake_in, self._wake_out = socket.socketpair()
@@ -696,7 +697,7 @@ class ElasticEngine:
             return
         stage = answer.stages[0]  # the next decision goes on from there
         balancer.adopt(stage.placement)
-        plan = plan_of(stage, recovery.layout, self.units, answer.reason)
+        plan = balancer.plan(stage, recovery.layout, answer.reason)
         with self._lock:
             self._num_changes += 1
             change_id = self._num_changes
@@ -888,6 +889,15 @@ def _piece(move: Move) -> m.LoadPiece:
         source=peer.device if peer else "",
         source_slot=peer.slot if peer else 0,
     )
+
+
+def _expert_balancer(config: EngineConfig, units: ModelUnits) -> ExpertBalancer | None:
+    moe = config.model.moe
+    if not config.eplb or moe is None or moe.cut != "experts":
+        return None
+    from anchortp.engine.balancer import ExpertBalancer  # it imports numpy, which nothing else here needs
+
+    return ExpertBalancer(units, config.eplb_interval_s)
 
 
 def _recovery_config(config: EngineConfig) -> RecoveryConfig:

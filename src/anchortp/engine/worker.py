@@ -227,7 +227,8 @@ class Worker:
             order=order,
         )
         if order.packed_folder:
-            name = f"{fingerprint(order.model_folder, config)}-{config.expert_cut}"
+            plain = replace(config, panels=False)  # columns are the same in both
+            name = f"{fingerprint(order.model_folder, plain)}-{config.expert_cut}"
             self._packed = open_packed(Path(order.packed_folder, name), self._assignment.geometry)
         probe.at("attach")
         self._send(m.WorkerAttached(device=order.device, epoch=order.epoch))

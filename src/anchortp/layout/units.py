@@ -190,6 +190,11 @@ class ModelUnits:
         fits = tensor.rows % PANEL_ROWS == 0 and c.hidden_size % PANEL_COLUMNS == 0
         return c.panels and wanted and fits
 
+    def piece_bytes(self, tensor: UnitTensor) -> int:
+        """Bytes of the smallest part of a block that can be read by itself: a row, or a panel."""
+        row_bytes = self.config.hidden_size * self.config.dtype_bytes
+        return row_bytes * PANEL_ROWS if self.in_panels(tensor) else row_bytes
+
     def block_bytes(self, tensor: UnitTensor) -> int:
         """Bytes of one unit's block in one copy of `tensor`."""
         return tensor.rows * self.config.hidden_size * self.config.dtype_bytes

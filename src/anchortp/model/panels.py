@@ -28,17 +28,16 @@ _linear = torch.ops.mkldnn._linear_pointwise.default
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight.T`, for plain and for packed weights alike."""
+    """`x @ weight.T`, for plain matrices and for those in panels."""
     if weight.is_mkldnn:
         return _linear(x, weight, None, "none", [], "")
     return F.linear(x, weight)
 
 
-def take_rows(packed: Tensor, rows: Tensor) -> Tensor:
+def take_rows(panels: Tensor, rows: Tensor) -> Tensor:
     """Rows (int64 `[n]`) of a matrix `[.., hidden]` in panels -> plain `[n, hidden]`."""
-    hidden = packed.shape[1]
-    panels = packed.view(torch.int32).view(-1, hidden // 2, PANEL_ROWS)
-    return panels[rows // PANEL_ROWS, :, rows % PANEL_ROWS].view(packed.dtype)
+    pairs = panels.view(torch.int32).view(-1, panels.shape[1] // 2, PANEL_ROWS)
+    return pairs[rows // PANEL_ROWS, :, rows % PANEL_ROWS].view(panels.dtype)
 
 
 def panel_matrix(panels: Tensor) -> Tensor:
@@ -60,14 +59,14 @@ def check_panels(hidden: int) -> None:
             same = torch.allclose(linear(x, panel_matrix(panels)), F.linear(x, plain), rtol=2e-2, atol=1e-1)
         except (AttributeError, RuntimeError, NotImplementedError, _Refused) as error:
             raise CheckpointError(
-                f"this torch has no packed matrices ({error}); start with --weights plain."
+                f"this torch has no matrices in panels ({error}); start with --weights plain."
             ) from error
     if not same:
-        raise CheckpointError("this torch packs weights in another way than AnchorTP; start with --weights plain.")
+        raise CheckpointError("this torch has weights in other panels than AnchorTP; start with --weights plain.")
 
 
 def warm_up() -> None:
-    """[zygote] Learns once, for all workers, what describes packed weights; where there are none, nothing."""
+    """[zygote] Learns once, for all workers, what describes weights in panels; where there are none, nothing."""
     with contextlib.suppress(*_ABSENT):
         _pattern()
 
@@ -80,10 +79,10 @@ _ABSENT = (AttributeError, RuntimeError, _Refused)
 
 
 def _descriptor(num_rows: int, hidden: int) -> bytes:
-    """oneDNN's description of packed weights of that size.
+    """oneDNN's description of weights in panels of that size.
 
     Its words are constant, or grow evenly with the rows or with the columns, so it is extrapolated from small
-    ones: to ask for it would mean to pack a matrix of that size.
+    ones: to ask for it would mean to make a matrix of that size.
     """
     first, per_panel, per_columns = _pattern()
     panels, columns = num_rows // PANEL_ROWS - 1, hidden // PANEL_COLUMNS - 2
@@ -98,16 +97,16 @@ def _pattern() -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     per_panel = tuple(b - a for a, b in zip(first, taller, strict=True))
     per_columns = tuple(b - a for a, b in zip(first, wider, strict=True))
     if both != tuple(w + 2 * p + 2 * c for w, p, c in zip(first, per_panel, per_columns, strict=True)):
-        raise _Refused("its descriptions of packed weights do not grow evenly")
+        raise _Refused("its descriptions of weights in panels do not grow evenly")
     return first, per_panel, per_columns
 
 
 def _words(num_panels: int, num_columns: int) -> tuple[int, ...]:
     plain = torch.zeros(num_panels * PANEL_ROWS, num_columns * PANEL_COLUMNS, dtype=torch.bfloat16)
-    packed = torch.ops.mkldnn._reorder_linear_weight(plain, 1)
-    if torch.ops.mkldnn._nbytes(packed) != plain.nbytes:
-        raise _Refused("its packed weights are larger than plain ones")
-    serialized = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(packed).tolist())
+    opaque = torch.ops.mkldnn._reorder_linear_weight(plain, 1)
+    if torch.ops.mkldnn._nbytes(opaque) != plain.nbytes:
+        raise _Refused("its weights in panels are larger than plain ones")
+    serialized = bytes(torch.ops.mkldnn._get_mkldnn_serialized_md(opaque).tolist())
     return struct.unpack(f"<{len(serialized) // 4}i", serialized)
 
 
@@ -151,7 +150,7 @@ def _opaque(data: int, shape: tuple[int, int], descriptor: bytes) -> Tensor:
         len(descriptor),
     )
     if failed:
-        raise _Refused("its C interface refuses packed weights")
+        raise _Refused("its C interface refuses weights in panels")
     return torch._C._aoti.alloc_tensor_by_stealing_from_void_ptr(_capsule(handle))
 
 

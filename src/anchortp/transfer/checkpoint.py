@@ -32,7 +32,7 @@ _MAX_IOVECS = 1024  # IOV_MAX of Linux
 
 # Columns transposed at a time. torch's blocked transpose wants a dense source and one that stays in the L2
 # cache; on one thread this ran at 3 to 5 GB/s, against 0.4 to 2.5 GB/s for a plain copy of a transposed view.
-PANEL_COLUMNS = 128
+STRIP_COLUMNS = 128
 
 
 class Checkpoint:
@@ -79,8 +79,8 @@ class Checkpoint:
 
         `out`: `[rows, hidden]` of the model's dtype, contiguous, over any number of units. In each unit its parts
         are stacked (kv: rows of k, then of v; gate_up: rows of gate, then of up), columns become rows, and what
-        lies beyond the end of the checkpoint's tensor becomes zeros. Of a tensor in panels (`layout.units`) a row is
-        what takes the place of one in the arena.
+        lies beyond the end of the checkpoint's tensor becomes zeros. Rows of a tensor in panels (`layout.units`) must
+        be whole panels.
 
         Raises CheckpointError when the file has become shorter, OSError when it cannot be read.
         """
@@ -88,16 +88,10 @@ class Checkpoint:
         if not self.units.in_panels(tensor):
             self._read_plain(tensor, copy, first_unit, first_row, out)
             return
-        first, last = first_row // PANEL_ROWS, -(-(first_row + out.shape[0]) // PANEL_ROWS)
-        plain = out.new_empty((last - first) * PANEL_ROWS, out.shape[1])
-        self._read_plain(tensor, copy, first_unit, first * PANEL_ROWS, plain)
-        skipped = first_row - first * PANEL_ROWS
-        if plain.shape == out.shape:
-            _to_panels(plain, out)
-        else:  # a part of a panel
-            panels = torch.empty_like(plain)
-            _to_panels(plain, panels)
-            out.copy_(panels[skipped : skipped + out.shape[0]])
+        assert first_row % PANEL_ROWS == 0 and out.shape[0] % PANEL_ROWS == 0, (first_row, out.shape)
+        plain = torch.empty_like(out)
+        self._read_plain(tensor, copy, first_unit, first_row, plain)
+        _to_panels(plain, out)
 
     def _read_plain(self, tensor: UnitTensor, copy: int, first_unit: int, first_row: int, out: Tensor) -> None:
         pending: dict[str, list[_Stretch]] = {}
@@ -367,6 +361,6 @@ def _to_panels(plain: Tensor, out: Tensor) -> None:
 
 def _transpose(out: Tensor, source: Tensor) -> None:
     """`out` `[columns, rows]` = `source` `[rows, columns]` transposed, converted to out's dtype."""
-    for start in range(0, out.shape[0], PANEL_COLUMNS):
-        panel = source[:, start : start + PANEL_COLUMNS].contiguous().to(out.dtype)
-        out[start : start + PANEL_COLUMNS].copy_(panel.t())
+    for start in range(0, out.shape[0], STRIP_COLUMNS):
+        strip = source[:, start : start + STRIP_COLUMNS].contiguous().to(out.dtype)
+        out[start : start + STRIP_COLUMNS].copy_(strip.t())

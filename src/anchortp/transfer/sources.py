@@ -16,7 +16,7 @@ from torch import Tensor
 
 from anchortp.arena import IntervalSet, MemfdArena
 from anchortp.errors import StateError
-from anchortp.layout import ReplicatedTensor
+from anchortp.layout import ReplicatedTensor, UnitTensor
 from anchortp.transfer.checkpoint import Checkpoint, fill
 from anchortp.transfer.packed import PackedWeights
 from anchortp.transfer.work import Chunk
@@ -55,7 +55,8 @@ class HostSource:
     def __init__(self, checkpoint: Checkpoint, packed: PackedWeights | None = None):
         self._checkpoint = checkpoint
         self._packed = packed
-        config = checkpoint.units.config
+        self._units = checkpoint.units
+        config = self._units.config
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._row_bytes = config.hidden_size * config.dtype_bytes
 
@@ -66,13 +67,12 @@ class HostSource:
             return
         if self._packed is not None and self._packed.read(chunk, out):
             return
-        first_row, skipped = divmod(chunk.first_byte, self._row_bytes)
-        num_rows = -(-(skipped + chunk.num_bytes) // self._row_bytes)
+        first_row, num_rows, skipped = self._rows(tensor, chunk)
         if num_rows * self._row_bytes == chunk.num_bytes:
             rows = out.view(self._dtype).view(num_rows, -1)
             self._checkpoint.read_rows(tensor, chunk.region.copy, chunk.unit, first_row, rows)
             return
-        # A part of a unit that begins or ends within a row: rare, and at most a row more at each end.
+        # A part of a unit that begins or ends within a row or panel: rare, and at most one more at each end.
         rows = torch.empty(num_rows, self._row_bytes // self._dtype.itemsize, dtype=self._dtype)
         self._checkpoint.read_rows(tensor, chunk.region.copy, chunk.unit, first_row, rows)
         out.copy_(rows.view(torch.uint8).flatten()[skipped : skipped + chunk.num_bytes])
@@ -85,12 +85,20 @@ class HostSource:
         if self._packed is not None and self._packed.has(chunk):
             self._packed.prefetch(chunk)
         elif not isinstance(tensor, ReplicatedTensor):
-            first_row, skipped = divmod(chunk.first_byte, self._row_bytes)
-            num_rows = -(-(skipped + chunk.num_bytes) // self._row_bytes)
+            first_row, num_rows, _ = self._rows(tensor, chunk)
             self._checkpoint.prefetch(tensor, chunk.region.copy, chunk.unit, first_row, num_rows)
 
     def close(self) -> None:
         pass
+
+    def _rows(self, tensor: UnitTensor, chunk: Chunk) -> tuple[int, int, int]:
+        """The rows that a chunk touches, in whole panels where there are some: the first, how many, and how many of
+        their bytes lie before the chunk."""
+        piece_bytes = self._units.piece_bytes(tensor)
+        rows_each = piece_bytes // self._row_bytes
+        first, skipped = divmod(chunk.first_byte, piece_bytes)
+        num_pieces = -(-(skipped + chunk.num_bytes) // piece_bytes)
+        return first * rows_each, num_pieces * rows_each, skipped
 
 
 class PeerSource:

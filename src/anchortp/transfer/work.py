@@ -2,9 +2,9 @@
 
 A *region* is where one copy of a tensor lies (mostly: that of one layer). A unit has a block in each region of its
 family, and the bytes of a unit are its blocks one after the other: its tensors in the order of `ModelUnits.tensors`,
-in each its copies. A *segment* is up to `SEGMENT_BYTES` of a block, whole rows; what arrives is checked a segment at
-a time. A *chunk* is copied in one go: whole segments (of several units, if they are small), or a part of one segment
-where a unit comes in parts.
+in each its copies. A *segment* is up to `SEGMENT_BYTES` of a block, whole rows or panels; what arrives is checked a
+segment at a time. A *chunk* is copied in one go: whole segments (of several units, if they are small), or a part of
+one segment where a unit comes in parts.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class Geometry:
         found: dict[str, list[Region]] = defaultdict(list)
         for tensor in (*self.units.replicated, *self.units.tensors):
             family = REPLICATED if isinstance(tensor, ReplicatedTensor) else tensor.family
-            num_bytes, row_bytes = self._block(tensor)
+            num_bytes, piece_bytes = self._block(tensor)
             for copy in range(self.units.num_copies(tensor)):
                 region = Region(
                     tensor=tensor,
@@ -128,7 +128,7 @@ class Geometry:
                     family=family,
                     position=self._position(tensor, copy),
                     block_bytes=num_bytes,
-                    segment_bytes=max(1, SEGMENT_BYTES // row_bytes) * row_bytes,
+                    segment_bytes=max(1, SEGMENT_BYTES // piece_bytes) * piece_bytes,
                 )
                 found[family].append(_following(region, found[family]))
         return {family: tuple(regions) for family, regions in found.items()}
@@ -215,12 +215,11 @@ class Geometry:
         return self.position_of_layer(copy * self.units.config.num_layers // self.units.num_copies(tensor))
 
     def _block(self, tensor: UnitTensor | ReplicatedTensor) -> tuple[int, int]:
-        """Bytes of a block, and of one of its rows."""
+        """Bytes of a block, and of the smallest part of it that is read by itself."""
         if isinstance(tensor, ReplicatedTensor):
             size = self.addresses.replicated_bytes(tensor)
             return size, size
-        size = self.units.block_bytes(tensor)
-        return size, size // tensor.rows
+        return self.units.block_bytes(tensor), self.units.piece_bytes(tensor)
 
 
 def _following(region: Region, before: Sequence[Region]) -> Region:
