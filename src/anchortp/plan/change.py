@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+from anchortp.errors import DoesNotFit
 from anchortp.layout import Layout, UnitCatalog
 from anchortp.plan.bound import lower_bound
 from anchortp.plan.cost import predict
@@ -45,6 +46,8 @@ def plan_change(
 
     Raises DoesNotFit if nobody is left, or with the numbers if the model does not fit `memory_bytes`.
     """
+    if not devices:
+        raise DoesNotFit("no device is left; start anchors and serve again.")
     names = tuple(dict.fromkeys((*held.devices, *devices)))
     problem = Problem(
         units=units,
