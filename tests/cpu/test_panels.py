@@ -56,6 +56,12 @@ def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_model(tmp_path_factory.mktemp("untied"), "qwen3", dtype="bfloat16", **SHAPE)
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    shape = SHAPE | {"moe_intermediate_size": 256, "num_experts": 6}
+    return make_tiny_model(tmp_path_factory.mktemp("mixture"), "qwen3-moe", dtype="bfloat16", **shape)
+
+
 def outputs(group: TPGroup, seed: int) -> list[torch.Tensor]:
     rng = random.Random(seed)
     sequences = [[rng.randrange(SHAPE["vocab_size"]) for _ in range(length)] for length in (19, 4, 33)]
@@ -77,6 +83,19 @@ def test_panels_and_plain_weights_give_the_same_bits(folder: Path, untied: Path,
     with load_group(model, layout) as plain, load_group(model, layout, panels=True) as in_panels:
         assert any(weight.is_mkldnn for d in in_panels.decoders for weight in (d.weights.layers[0].q,))
         assert_same(outputs(plain, seed), outputs(in_panels, seed))
+
+
+@pytest.mark.parametrize("cut", ["experts", "columns"])
+def test_experts_in_panels_give_the_same_bits(mixture: Path, cut: str) -> None:
+    units = model_units(load_model_config(mixture, expert_cut=cut))
+    layout = random_layout(units, 2, random.Random(3), num_replicas=2)
+    with (
+        load_group(mixture, layout, expert_cut=cut) as plain,
+        load_group(mixture, layout, expert_cut=cut, panels=True) as in_panels,
+    ):
+        held = [gate_up for d in in_panels.decoders for gate_up, _ in d.weights.experts.values()]
+        assert held and all(gate_up.is_mkldnn for gate_up in held)
+        assert_same(outputs(plain, 5), outputs(in_panels, 5))
 
 
 def test_a_shard_in_panels_grows_in_place(folder: Path) -> None:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import time
 
 import pytest
+import torch
 
-from anchortp.config import load_model_config
+from anchortp.config import load_model_config, reads_panels
 from anchortp.engine.faults import Strike
-from anchortp.layout import WeightAddresses, model_units
+from anchortp.layout import FAMILIES, WeightAddresses, model_units
+from anchortp.state.client import AnchorClient
+from anchortp.transfer.checkpoint import Checkpoint
+from anchortp.transfer.loader import load_units
 from anchortp.transfer.packed import PackedWeights
 from anchortp.transfer.work import Geometry
 from tests.procs.engine_tools import running_engine
@@ -53,3 +57,35 @@ def test_weights_are_packed_while_serving_and_read_in_a_recovery(folder, tmp_pat
         driver.inject("cpu:1", "lost")
         for stream in streams:
             stream.check()
+
+
+@pytest.mark.skipif(not reads_panels(), reason="no panels are known for this CPU")
+def test_weights_in_panels_are_what_the_plain_loader_writes_after_a_recovery(tmp_path):
+    shape = {"head_dim": 64, "intermediate_size": 512, "vocab_size": 600}
+    folder = write_model(tmp_path / "wide", dtype="bfloat16", **shape)
+    with running_engine(folder, 3) as driver:
+        streams = driver.speak(3, 60)
+        driver.inject("cpu:1", "lost")
+        assert [(stream.wait_end(), stream.error) for stream in streams] == [("length", None)] * 3
+        driver.wait_recovered(2)
+        units, layout = driver.engine.units, driver.engine.recovery.layout
+        held = {device: held_weights(driver, device) for device in layout.devices}
+    assert sorted(held) == ["cpu:0", "cpu:2"]
+    assert {t.key for t in units.tensors if units.in_panels(t)} == {"q", "kv", "gate_up", "embed"}
+    addresses, checkpoint = WeightAddresses(units=units), Checkpoint.open(folder, units)
+    for device, weights in held.items():
+        slots = [(family, unit, slot) for family in FAMILIES for slot, unit in enumerate(layout[device][family])]
+        expected = torch.empty_like(weights)
+        load_units(checkpoint, expected, addresses, slots)
+        for family, _, slot in slots:
+            for start, stop in addresses.slot_ranges(family, slot, slot + 1):
+                assert torch.equal(weights[start:stop], expected[start:stop]), (device, family, slot)
+
+
+def held_weights(driver, device):
+    """A copy of the device's weights arena."""
+    with AnchorClient.connect(driver.runtime_dir, device, role="tool") as tool:
+        arena = tool.open_arena("weights", driver.engine.recovery.epoch)
+    copy = torch.frombuffer(arena.map(), dtype=torch.uint8).clone()
+    arena.close()
+    return copy

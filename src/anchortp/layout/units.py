@@ -182,11 +182,9 @@ class ModelUnits:
         return (*tensors, final)
 
     def in_panels(self, tensor: UnitTensor) -> bool:
-        """Whether its blocks are made of panels. A tied embedding is its lm_head; experts' are plain."""
+        """Whether its blocks are made of panels. A tied embedding is its lm_head."""
         c = self.config
         wanted = tensor.key in _PANEL_KEYS or (tensor.key == "embed" and c.tie_embeddings)
-        if tensor.key == "gate_up" and c.moe is not None:
-            return False
         fits = tensor.rows % PANEL_ROWS == 0 and c.hidden_size % PANEL_COLUMNS == 0
         return c.panels and wanted and fits
 

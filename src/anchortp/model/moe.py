@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anchortp.layout import EXPERT, Layout, ModelUnits, Part, part_of
+from anchortp.model.panels import linear_into
 from anchortp.model.weights import WeightViews
 
 WHOLE: Part = (0.0, 1.0)
@@ -28,7 +29,7 @@ class _LocalExpert:
     """An expert of one layer with weights on this rank, and which `part` of its tokens the rank computes."""
 
     expert: int
-    gate_up: Tensor  # [hidden, 2 * columns]
+    gate_up: Tensor  # [2 * columns, hidden], for `panels.linear_into`
     down: Tensor  # [columns, hidden]
     part: Part
 
@@ -126,9 +127,9 @@ class MoE:
         """`x` `[choices, hidden]`, sorted by local expert -> what the experts make of it."""
         ends = list(accumulate(pick.shape[0] for _, pick in mine))
         parts = [(local, slice(start, end)) for (local, _), start, end in zip(mine, [0, *ends], ends, strict=False)]
-        both = x.new_empty(x.shape[0], mine[0][0].gate_up.shape[1])
+        both = x.new_empty(x.shape[0], mine[0][0].gate_up.shape[0])
         for local, rows in parts:
-            torch.mm(x[rows], local.gate_up, out=both[rows])
+            linear_into(both[rows], x[rows], local.gate_up)
         blocks = both.view(x.shape[0], -1, 2, self._block)
         gated = F.silu(blocks[:, :, 0]).mul_(blocks[:, :, 1]).view(x.shape[0], -1)
         out = torch.empty_like(x)
@@ -154,5 +155,5 @@ def _local_experts(
         ranks = holders.get(unit, [rank])
         place = ranks.index(rank)
         part = (place / len(ranks), (place + 1) / len(ranks))
-        layers[layer].append(_LocalExpert(expert=expert, gate_up=gate_up.t(), down=down, part=part))
+        layers[layer].append(_LocalExpert(expert=expert, gate_up=gate_up, down=down, part=part))
     return tuple(tuple(sorted(local, key=lambda e: e.expert)) for local in layers)

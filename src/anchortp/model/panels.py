@@ -34,6 +34,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def linear_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
+    """As `linear`, written into `out` (contiguous)."""
+    if weight.is_mkldnn:
+        out.copy_(_linear(x, weight, None, "none", [], ""))
+    else:
+        torch.mm(x, weight.t(), out=out)
+
+
 def take_rows(panels: Tensor, rows: Tensor) -> Tensor:
     """Rows (int64 `[n]`) of a matrix `[.., hidden]` in panels -> plain `[n, hidden]`."""
     pairs = panels.view(torch.int32).view(-1, panels.shape[1] // 2, PANEL_ROWS)
@@ -78,6 +86,7 @@ class _Refused(Exception):
 _ABSENT = (AttributeError, RuntimeError, _Refused)
 
 
+@lru_cache(maxsize=64)
 def _descriptor(num_rows: int, hidden: int) -> bytes:
     """oneDNN's description of weights in panels of that size.
 

@@ -55,7 +55,7 @@ class WeightViews:
             LayerWeights(**{key: self._matrix(key, layer) for key in layered})
             for layer in range(units.config.num_layers)
         )
-        # gate_up [2 * columns, hidden] and down [columns, hidden], by layer * num_experts + expert
+        # gate_up [2 * columns, hidden] (maybe opaque), down [columns, hidden], by layer * num_experts + expert
         self.experts: dict[int, tuple[Tensor, Tensor]] = self._experts()
 
     def embedding(self, rows: Tensor) -> Tensor:
@@ -65,9 +65,13 @@ class WeightViews:
             return take_rows(self.embed, rows)
         return self.embed.index_select(0, rows)
 
-    def _matrix(self, key: str, layer: int = 0) -> Tensor:
+    def _matrix(self, key: str, copy: int = 0) -> Tensor:
         """As `_view`, for `panels.linear`: opaque if it is in panels."""
-        view, tensor = self._view(key, layer), self._tensors[key]
+        return self._for_linear(key, self._view(key, copy))
+
+    def _for_linear(self, key: str, view: Tensor) -> Tensor:
+        """`view`: rows of whole blocks of the tensor called `key`."""
+        tensor = self._tensors[key]
         in_panels = isinstance(tensor, UnitTensor) and self._addresses.units.in_panels(tensor)
         return panel_matrix(view) if in_panels and view.shape[0] else view
 
@@ -79,9 +83,9 @@ class WeightViews:
         gate_up, down = (self._tensors[key] for key in ("gate_up", "down"))
         if pool:
             views = (self._view(t.key).unflatten(0, (len(pool), t.rows)).unbind(0) for t in (gate_up, down))
-            return dict(zip(pool, zip(*views, strict=True), strict=True))
+            return {unit: (self._for_linear("gate_up", g), d) for unit, g, d in zip(pool, *views, strict=True)}
         copies = range(units.num_copies(gate_up))
-        return {copy: (self._view("gate_up", copy), self._view("down", copy)) for copy in copies}
+        return {copy: (self._matrix("gate_up", copy), self._view("down", copy)) for copy in copies}
 
     def _view(self, key: str, copy: int = 0) -> Tensor:
         units = self._addresses.units
