@@ -134,7 +134,7 @@ def test_rows_are_found_again(num_panels: int, columns: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     plain = torch.randn(num_panels * PANEL_ROWS, 32 * columns, generator=generator).bfloat16()
     out = torch.empty_like(plain)
-    _to_panels(plain, 0, out)
+    _to_panels(plain, out)
     rows = torch.randint(plain.shape[0], (17,), generator=generator)
     assert torch.equal(panels.take_rows(out, rows), plain[rows])
 
@@ -150,7 +150,7 @@ def test_a_matrix_of_any_size_is_described_rightly(num_panels: int, columns: int
     plain = torch.randn(num_panels * PANEL_ROWS, 32 * columns, generator=generator).bfloat16()
     x = torch.randn(num_rows, plain.shape[1], generator=generator).bfloat16()
     panelled = torch.empty_like(plain)
-    _to_panels(plain, 0, panelled)
+    _to_panels(plain, panelled)
     found = panels.linear(x, panels.panel_matrix(panelled))
     torch.testing.assert_close(found, panels.linear(x, plain), rtol=2e-2, atol=5e-2)
 
