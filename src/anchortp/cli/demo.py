@@ -48,8 +48,8 @@ class Show:
     fault_s: float | None = None
 
     def episode(self) -> dict[str, Any] | None:
-        episodes = [e for e in self.status.get("episodes", ()) if e["cause"] != "start"]
-        return episodes[-1] if episodes else None
+        faults = self.status.get("faults", ())
+        return faults[-1] if faults else None
 
 
 def run(*, model: str, tp: int, lose: str, num_streams: int, max_tokens: int, device_memory_bytes: int | None) -> int:
