@@ -33,6 +33,7 @@ from anchortp.config import ModelConfig, load_model_config, reads_panels
 from anchortp.engine import messages as m
 from anchortp.engine.api import EngineRequest, SampledToken, SamplingParams
 from anchortp.engine.blocks import BlockPool
+from anchortp.engine.pool import SPIN_COUNT
 from anchortp.engine.scheduler import Batch, ScheduledSeq, Scheduler
 from anchortp.layout import FAMILIES, KV, KVAddresses, Layout, WeightAddresses, initial_layout, model_units
 from bench.common import conditions, console, finish
@@ -85,7 +86,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=11)
     parser.add_argument("--scale", type=Path, help="sweep, and plot to this file")
     options = parser.parse_args()
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the engine has it; read when torch is imported
+    os.environ.setdefault("GOMP_SPINCOUNT", SPIN_COUNT)  # read when torch is imported
     folder = resolve_folder(options.model)
     config = served_config(folder, options.weights)
     machine = in_child(measure_machine)
