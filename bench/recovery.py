@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--systems", default="lost,crash,restart")
+    parser.add_argument("--serve-option", action="append", default=[], help="for `anchortp serve`, as =--spares=2")
     options = parser.parse_args()
     folder = resolve_folder(options.model)
     result: dict[str, Any] = {"benchmark": "recovery", "options": vars(options), "conditions": conditions()}
@@ -69,7 +70,7 @@ def main() -> None:
 def run_once(system: str, folder: Path, options: argparse.Namespace, index: int) -> dict[str, Any]:
     runtime_dir = private_tmp("bench")
     victim = f"cpu:{(index + 2) % options.tp}"
-    arguments = [str(folder), "--device-memory", "2G"]
+    arguments = [str(folder), "--device-memory", "2G", *options.serve_option]
     try:
         with served(runtime_dir, [*arguments, "--tp", str(options.tp)], timeout_s=START_TIMEOUT_S, quiet=True) as (
             url,

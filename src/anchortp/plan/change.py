@@ -24,7 +24,7 @@ def plan_change(
     *,
     topology: Topology | None = None,
     policy: Policy = makespan,
-    min_gain_s: float = 0.0,
+    min_gain: float = 0.0,
     speeds: Mapping[str, float] | None = None,
     memory_bytes: Mapping[str, int] | None = None,
 ) -> Plan:
@@ -37,8 +37,8 @@ def plan_change(
     `topology`: by default one machine whose devices share its memory, by whatever names; what a device holds is copied
     rather than read from the checkpoint.
 
-    `min_gain_s`: what `policy` must be able to win over `units`, by which devices that stay neither give nor pass on
-    anything; else that is the plan. For a recovery, which can go on before the last byte has arrived if so.
+    `min_gain`: part of the time that `policy` must be able to win over `units`, by which devices that stay pass
+    nothing on; else that is the plan. For a recovery, which can go on before the last byte has arrived if so.
 
     For whoever carries it out, device by device: every move brings whole units from one place, a store or a device
     that held them before (`FromPeer`), so that all moves of a stage can run in any order; nothing is relayed and
@@ -47,7 +47,7 @@ def plan_change(
     Raises DoesNotFit if nobody is left, or with the numbers if the model does not fit `memory_bytes`.
     """
     if not devices:
-        raise DoesNotFit("no device is left; start anchors and serve again.")
+        raise DoesNotFit(f"no device is left of {', '.join(held.devices) or 'the group'}; add one and start again.")
     names = tuple(dict.fromkeys((*held.devices, *devices)))
     problem = Problem(
         units=units,
@@ -59,11 +59,11 @@ def plan_change(
         relays=False,
         parts=False,
     )
-    if min_gain_s <= 0.0:
+    if min_gain <= 0.0:
         return policy(problem)
     still = sets_of_units(problem)
     seconds, bound_s = predict(still, problem.network).makespan_s, lower_bound(problem).seconds
-    if seconds - bound_s >= min_gain_s:
+    if seconds - bound_s >= min_gain * seconds > 0.0:
         return policy(problem)
     why = f"nothing is passed on: at best that would save {1e3 * (seconds - bound_s):.1f} of {1e3 * seconds:.1f} ms"
     return replace(still, reasons=(*still.reasons, why), bound_s=bound_s)

@@ -83,8 +83,9 @@ IDLE, LEAVING, CENSUS, ADOPTING, ATTACHING = "idle", "leaving", "census", "adopt
 COMPACTING, RESERVING, LOADING, RESTORING = "compacting", "reserving", "loading", "restoring"
 ARRANGING, FORMING, SERVING, REFUSING = "arranging", "forming", "serving", "refusing"
 ENGINE_POLICIES = ("makespan", "units", "cmm", "greedy")  # `reload` is what a restart does
-# What passing units on between survivors must win: the group waits for the last byte then, and slots are closed.
-MIN_GAIN_S = 0.02
+# Part of the time that passing units on between survivors must win: the group waits for the last byte then, while
+# otherwise it serves as soon as the first layers are there.
+MIN_GAIN = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -695,7 +696,7 @@ class Coordinator:
         """
         held = ch.distinct(Layout(shards=tuple(d.shard for d in self._devices.values() if not d.fresh)))
         topology = self._topology(tuple(dict.fromkeys((*held.devices, *devices))))
-        min_gain_s = MIN_GAIN_S if hurry and self.config.policy == "makespan" else 0.0
+        min_gain = MIN_GAIN if hurry and self.config.policy == "makespan" else 0.0
 
         def attempt(policy: str) -> tuple[Plan, ch.Staging, int]:
             plan = plan_change(
@@ -704,7 +705,7 @@ class Coordinator:
                 devices,
                 topology=topology,
                 policy=POLICIES[policy],
-                min_gain_s=min_gain_s,
+                min_gain=min_gain,
                 speeds=dict(speeds) or None,
             )
             staging = ch.stage(plan, self.layout)
