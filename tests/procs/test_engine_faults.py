@@ -129,6 +129,21 @@ def test_workers_crash_or_hang_in_the_middle_of_recoveries(folder, kind):
         check_bytes(driver.wait_recovered(5)[1:], lost=("cpu:1",))
 
 
+def test_a_worker_whose_first_load_was_cut_off_loads_into_the_arena_that_its_successor_maps(folder):
+    """As long as a device has nothing its arenas are made anew by every attempt."""
+    strikes = (
+        Strike(device="cpu:1", point="read", kind="slow", times=10**6),
+        Strike(device="cpu:0", point="load", nth=1, kind="crash"),
+        Strike(device="cpu:1", point="form", nth=1, kind="crash"),
+    )
+    with running_engine(folder, 2, strikes, recovery=QUICK) as driver:
+        driver.submit(prompt_of(1), 20).check()
+        fired = {line["strike"] for line in fired_strikes(driver.runtime_dir)}
+        assert fired == {strike.key for strike in strikes}
+        (start,) = driver.episodes
+        assert start["workers_replaced"] == ["cpu:0", "cpu:1", "cpu:0", "cpu:1"]
+
+
 @pytest.mark.parametrize("kind", ["crash", "hang", "lost"])
 def test_a_fault_while_the_engine_starts(folder, kind):
     strikes = (

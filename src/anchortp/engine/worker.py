@@ -271,6 +271,8 @@ class Worker:
         if order.epoch != self._epoch:
             return
         self._stop_load()
+        if order.fresh:
+            self._forget_arenas()
         a = self._assigned()
         before, after = shard_from_dict(a.device, order.before), shard_from_dict(a.device, order.after)
         moves = complete(a.geometry, a.device, before, after, [_move(a.device, p) for p in order.pieces], order.fresh)
@@ -600,6 +602,15 @@ class Worker:
                 raise _Superseded from error
             self._refreshed.add(name)
         return memory
+
+    def _forget_arenas(self) -> None:
+        """The anchor has made new ones, as it does in every attempt to fill a device that holds nothing yet: what is
+        mapped here is not the device's memory any more, and what is written there would go with this process."""
+        self._decoder = None
+        for arena, _ in self._arenas.values():
+            arena.close()
+        self._arenas.clear()
+        self._refreshed.clear()
 
     def _dissolve(self) -> None:
         """Lets go of the old group."""
