@@ -22,8 +22,8 @@ from anchortp.state.wire import Channel
 
 # How long OpenMP's threads spin before they sleep: some 50 us, longer than the Python between two kernels. Where there
 # is more to run than cores, a thread that spins keeps the core from the one it waits for: with the default a step of
-# two threads then took 0.5 to 1.4 s, with this 0.1. Where there is not, threads that slept at once took 1.6 times as
-# long as those that spin, and with this they are as fast.
+# two threads then took 0.5 to 1.4 s, with counts near this one 0.1 to 0.2. Where there is not, threads that slept at
+# once took 1.6 times as long as those that spin, and with this they are as fast.
 SPIN_COUNT = "10000"
 
 Watch = Callable[[int, Callable[[], None]], None]
