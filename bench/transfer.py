@@ -422,19 +422,19 @@ def plans(machine: Machine, lost: Sequence[int]) -> dict[str, Plan]:
 
 def measure(machine: Machine, lost: Sequence[int], args: argparse.Namespace, memcpy: Memcpy) -> list[dict]:
     """A row per policy. Rounds go over all policies and the floor, so that they meet the same neighbours."""
-    todo = plans(machine, lost)
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in todo}
+    compared = plans(machine, lost)
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in compared}
     speeds: list[float] = []
     cpu_speeds: list[float] = []
     for _ in range(args.repeats):
-        for name, plan in todo.items():
+        for name, plan in compared.items():
             speeds.append(memcpy.bytes_per_s(args.threads))
             cpu_speeds.append(memcpy.bytes_per_cpu_s())
             times[name].append(machine.carry_out(plan, cold=args.cold_pages))
     floor_speed = statistics.median(speeds)
-    lost_bytes = todo[OURS].lost_bytes
+    lost_bytes = compared[OURS].lost_bytes
     rows = []
-    for name, plan in todo.items():
+    for name, plan in compared.items():
         median_s = statistics.median(seconds for seconds, _ in times[name])
         cpu_s = statistics.median(cpu_s for _, cpu_s in times[name])
         rows.append(

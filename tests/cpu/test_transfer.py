@@ -338,9 +338,7 @@ def test_cancel_stops_promptly_and_nothing_is_written_afterwards(bench):
     waiting = threading.Thread(target=wait)
     load.start()
     waiting.start()
-    while not (bench.sources.get(HOST) and bench.sources[HOST].fired):
-        assert load._watcher.is_alive()
-        time.sleep(0.001)
+    assert bench.struck.wait(timeout=30)
     began_s = time.monotonic()
     load.cancel()
     assert time.monotonic() - began_s < 2.0

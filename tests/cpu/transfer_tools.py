@@ -37,6 +37,7 @@ class Bench:
         self.gone: set[str] = set()
         self.sources: dict[str, FaultySource] = {}
         self.num_closed = 0
+        self.struck = threading.Event()  # a fault has fired
 
     def arena(self, device: str) -> torch.Tensor:
         """The device's memory; 0xFF where nothing was loaded."""
@@ -76,7 +77,7 @@ class Bench:
         def open_source(name: str):
             inner = HostSource(self.checkpoint) if name == HOST else self._peer(name)
             if faults and name in faults:
-                inner = FaultySource(inner, faults[name])
+                inner = FaultySource(inner, faults[name], on_fire=self.struck.set)
             self.sources[name] = inner
             return inner
 

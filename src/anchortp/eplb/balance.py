@@ -219,9 +219,9 @@ class Balancer:
         """One step for each pair. Returns for which one was possible."""
         done = np.zeros(len(pairs.lines), dtype=bool)
         for step in (self._shift, self._copy, self._evict, self._make_room, self._give_back, self._exchange):
-            todo = np.flatnonzero(~done)
-            if todo.size:
-                done[todo] = step(pairs.where(todo))
+            left = np.flatnonzero(~done)
+            if left.size:
+                done[left] = step(pairs.where(left))
         return done
 
     def _shift(self, p: _Pairs) -> Bools:
