@@ -46,6 +46,16 @@ def test_a_copy_is_independent(steps: list[tuple[str, tuple[int, int]]], more: t
     assert list(intervals) == before and intervals.total == sum(b - a for a, b in before)
 
 
+@given(operations, operations)
+def test_a_difference_is_what_the_other_set_lacks(steps, more) -> None:
+    one, other = (IntervalSet(bounds for name, bounds in made if name == "add") for made in (steps, more))
+    members = {member for a, b in one for member in range(a, b)}
+    rest = one - other
+    rest.validate()
+    assert {member for a, b in rest for member in range(a, b)} == {m for m in members if m not in other}
+    assert one == IntervalSet((m, m + 1) for m in members), "the difference is a new set"
+
+
 @given(st.integers(0, 1 << 40))
 def test_rounding_to_pages(num_bytes: int) -> None:
     low, high = round_down(num_bytes), round_up(num_bytes)

@@ -60,6 +60,12 @@ class IntervalSet:
         twin._starts, twin._stops, twin._total = self._starts.copy(), self._stops.copy(), self._total
         return twin
 
+    def __sub__(self, other: IntervalSet) -> IntervalSet:
+        rest = self.copy()
+        for start, stop in other:
+            rest.remove(start, stop)
+        return rest
+
     def validate(self) -> None:
         """Asserts the invariants above; for tests and teardowns."""
         edges = [edge for pair in self for edge in pair]

@@ -368,7 +368,6 @@ class ElasticEngine:
         """Takes over the KV planes of an earlier engine, if all agree; returns how many blocks they have."""
         num_kv_blocks, epochs = self._plane.found_kv()
         if num_kv_blocks and self._keeper.attach(epochs):
-            self._plane.keep_kv(num_kv_blocks)
             return num_kv_blocks
         for device in found:
             if device.shard is not None:
@@ -526,10 +525,10 @@ class ElasticEngine:
                 self._adopt(device)
             case ev.Attach(device=device, epoch=epoch):
                 self._processes.take(device, lambda process: self._assign(process, device, epoch))
-            case ev.Reserve(epoch=epoch, ticket=ticket, staged=staged, num_kv_blocks=num_kv_blocks, fresh=fresh):
-                refused = self._plane.reserve(staged, num_kv_blocks, fresh, epoch)
+            case ev.Reserve():
+                refused = self._plane.reserve(command)
                 if refused is not None:
-                    self._handle(ev.Reserved(epoch=epoch, ticket=ticket, refused=refused))
+                    self._handle(ev.Reserved(epoch=command.epoch, ticket=command.ticket, refused=refused))
             case ev.Load():
                 self._load(command)
             case ev.CancelLoad(device=device, ticket=ticket):

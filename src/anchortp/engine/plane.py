@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from anchortp.arena import MemfdArena, round_up
+from anchortp.arena import IntervalSet, MemfdArena, round_down, round_up
 from anchortp.config import EngineConfig
 from anchortp.errors import (
     AnchorRunning,
@@ -34,7 +34,7 @@ from anchortp.layout import (
     empty_shard,
     shard_from_dict,
 )
-from anchortp.recovery.events import DeviceFound
+from anchortp.recovery.events import DeviceFound, Reserve
 from anchortp.state.client import AnchorClient
 from anchortp.state.launch import start_anchor
 from anchortp.state.manifest import Manifest
@@ -79,7 +79,7 @@ class StatePlane:
         self._clients: dict[str, AnchorClient] = {}
         self._watched: dict[str, int] = {}  # a client that gave up has closed its descriptor itself
         self._slots: dict[str, Counter[str]] = {}  # by device and family: the slots that are committed
-        self._num_kv_blocks = 0
+        self._pages: dict[str, dict[str, IntervalSet]] = {}  # by device and arena: what the anchor has committed
         self._manifests: dict[str, Manifest] = {}  # of an earlier engine, as found by `open`
         self._ours = _Started(Path(config.runtime_dir))
         self._ended: list[int] = []
@@ -150,6 +150,8 @@ class StatePlane:
             return None
         self._manifests[device] = manifest
         self._slots[device] = _counts(shard)
+        found = {arena.name: IntervalSet(arena.ranges) for arena in client.status().arenas}
+        self._pages[device] = {name: found.get(name, IntervalSet()) for name in (WEIGHTS_ARENA, KV_ARENA)}
         return shard
 
     def found_kv(self) -> tuple[int, set[int]]:
@@ -164,10 +166,6 @@ class StatePlane:
         if len(blocks) != 1 or sizes != {self._config.kv_block_size, self.kv.reserved_bytes}:
             return 0, epochs
         return blocks.pop(), epochs
-
-    def keep_kv(self, num_kv_blocks: int) -> None:
-        """The planes found are this engine's now."""
-        self._num_kv_blocks = num_kv_blocks
 
     def _gone(self, device: str, client: AnchorClient) -> None:
         if self._clients.get(device) is client:
@@ -304,21 +302,20 @@ class StatePlane:
 
     # ---------------------------------------------------------------------------------------- reserving
 
-    def reserve(self, staged: Layout, num_kv_blocks: int, fresh: tuple[str, ...], epoch: int) -> str | None:
-        """Commits every slot of `staged` before a byte moves. Returns "" or the refusal, in words.
+    def reserve(self, command: Reserve) -> str | None:
+        """Commits every slot of the staged layout before a byte moves. Returns "" or the refusal, in words.
 
-        KV memory that the smaller number of blocks no longer needs is given back first. None: an anchor went
-        away meanwhile; `on_gone` was called, which starts the recovery again.
+        What it no longer needs is given back first, except in the background: a load that was cancelled may still
+        write there. None: an anchor went away meanwhile; `on_gone` was called, which starts the recovery again.
         """
-        for shard in staged.shards:
+        for shard in command.staged.shards:
             try:
-                self._reserve(shard, num_kv_blocks, shard.device in fresh, epoch)
+                self._reserve(shard, command)
             except BudgetExceeded as error:
                 return str(error)
             except WireError as error:
                 self._went_away(shard.device, error)
                 return None
-        self._num_kv_blocks = num_kv_blocks
         return ""
 
     def settle(self, layout: Layout, num_kv_blocks: int, epoch: int) -> bool:
@@ -326,12 +323,10 @@ class StatePlane:
         others. False: an anchor went away meanwhile, as in `reserve`. Raises BudgetExceeded."""
         for shard in layout.shards:
             try:
-                self._release(shard, epoch)
-                self._reserve(shard, num_kv_blocks, False, epoch)
+                self._resize(shard.device, _counts(shard), num_kv_blocks, epoch)
             except WireError as error:
                 self._went_away(shard.device, error)
                 return False
-        self._num_kv_blocks = num_kv_blocks
         return True
 
     def _went_away(self, device: str, error: WireError) -> None:
@@ -344,35 +339,44 @@ class StatePlane:
             raise ChannelClosed(f"{device} has no anchor")
         return self._clients[device]
 
-    def _reserve(self, shard: Shard, num_kv_blocks: int, fresh: bool, epoch: int) -> None:
+    def _reserve(self, shard: Shard, command: Reserve) -> None:
         device, client = shard.device, self._client(shard.device)
-        if fresh:
-            self._recreate(client, epoch)
-            self._slots[device] = Counter()
-            client.commit(WEIGHTS_ARENA, [self.weights.replicated_range], epoch)
+        if device in command.fresh:
+            self._recreate(client, command.epoch)
         if self._config.peer_slots_bytes:
-            self._reserve_slots(client, self._config.peer_slots_bytes, epoch)
-        have = self._slots.setdefault(device, Counter())
-        if num_kv_blocks < self._num_kv_blocks:
-            unused = self.kv.slot_ranges(0, have[KV], num_kv_blocks, self._num_kv_blocks)
-            client.decommit(KV_ARENA, list(unused), epoch)
-        want = _counts(shard) | have
-        ranges = [r for f in self._units.families for r in self.weights.slot_ranges(f, have[f], want[f])]
-        if ranges:
-            client.commit(WEIGHTS_ARENA, ranges, epoch)
-        if want[KV] > have[KV] or num_kv_blocks > self._num_kv_blocks or fresh:
-            client.commit(KV_ARENA, list(self.kv.slot_ranges(0, want[KV], 0, num_kv_blocks)), epoch)
-        self._slots[device] = want
+            self._reserve_slots(client, self._config.peer_slots_bytes, command.epoch)
+        slots = _counts(shard)
+        if command.background:
+            slots |= self._slots[device]
+        self._resize(device, slots, command.num_kv_blocks, command.epoch)
 
-    def _release(self, shard: Shard, epoch: int) -> None:
-        have, need = self._slots[shard.device], _counts(shard)
-        unused = [r for f in self._units.families for r in self.weights.slot_ranges(f, need[f], max(need[f], have[f]))]
-        if unused:
-            self._client(shard.device).decommit(WEIGHTS_ARENA, unused, epoch)
-        if have[KV] > need[KV]:
-            planes = self.kv.slot_ranges(need[KV], have[KV], 0, self._num_kv_blocks)
-            self._client(shard.device).decommit(KV_ARENA, list(planes), epoch)
-        self._slots[shard.device] = need
+    def _resize(self, device: str, slots: Counter[str], num_kv_blocks: int, epoch: int) -> None:
+        """From the pages that are committed to exactly those which `slots` and `num_kv_blocks` touch.
+
+        A page belongs to two slots where these do not end on its edge, and is given back with the last of them.
+        """
+        client, pages = self._client(device), self._pages[device]
+        want = self._pages_of(slots, num_kv_blocks)
+        for name, wanted in want.items():
+            unused = pages[name] - wanted
+            if unused:
+                client.decommit(name, list(unused), epoch)
+                pages[name] -= unused
+        for name, wanted in want.items():
+            missing = wanted - pages[name]
+            if missing:
+                client.commit(name, list(missing), epoch)
+                pages[name] = wanted
+        self._slots[device] = slots
+
+    def _pages_of(self, slots: Counter[str], num_kv_blocks: int) -> dict[str, IntervalSet]:
+        """By arena: the pages that a device with `slots` uses."""
+        weights = [self.weights.replicated_range]
+        for family in self._units.families:
+            weights += self.weights.slot_ranges(family, 0, slots[family])
+        ranges = {WEIGHTS_ARENA: weights, KV_ARENA: self.kv.slot_ranges(0, slots[KV], 0, num_kv_blocks)}
+        page = self._config.page_bytes
+        return {name: IntervalSet((round_down(a, page), round_up(b, page)) for a, b in ranges[name]) for name in ranges}
 
     def _reserve_slots(self, client: AnchorClient, num_bytes: int, epoch: int) -> None:
         """The device's part of the memory in which a `PeerGroup` sums; nothing of it is kept from epoch to epoch."""
@@ -390,6 +394,8 @@ class StatePlane:
             client.drop_arena(arena.name, epoch)
         for name, reserved_bytes in wanted.items():
             client.create_arena(name, reserved_bytes, epoch).close()
+        self._slots[client.welcome.device] = Counter()
+        self._pages[client.welcome.device] = {name: IntervalSet() for name in wanted}
         # From now until it is loaded the device holds nothing that anyone may attach to.
         self.put_manifest(empty_shard(client.welcome.device), 0, epoch)
 
@@ -399,6 +405,7 @@ class StatePlane:
         if any(arena.name == KV_ARENA for arena in client.status().arenas):
             client.drop_arena(KV_ARENA, epoch)
         client.create_arena(KV_ARENA, self.kv.reserved_bytes, epoch).close()
+        self._pages[device][KV_ARENA] = IntervalSet()
 
     def put_manifests(self, layout: Layout, num_kv_blocks: int, epoch: int) -> None:
         """Says in every anchor what its arenas hold now. An anchor that has just died is skipped."""
@@ -429,14 +436,8 @@ class StatePlane:
 
     def committed_ranges(self, device: str) -> dict[str, list[tuple[int, int]]]:
         """What is committed in each arena of a device: for the anchor that adopts them. Empty: nothing yet."""
-        have = self._slots.get(device)
-        if not have:
-            return {}
-        weights = [self.weights.replicated_range]
-        for family in self._units.families:
-            weights += self.weights.slot_ranges(family, 0, have[family])
-        ranges = {WEIGHTS_ARENA: weights, KV_ARENA: list(self.kv.slot_ranges(0, have[KV], 0, self._num_kv_blocks))}
-        if self._config.peer_slots_bytes:
+        ranges = {name: list(pages) for name, pages in self._pages.get(device, {}).items() if pages}
+        if ranges and self._config.peer_slots_bytes:
             ranges[SLOTS_ARENA] = [(0, self._config.peer_slots_bytes)]
         return ranges
 

@@ -52,12 +52,14 @@ class Staging:
 
     A plan says which units go where from where; the slots are ours. `loads`: per device the moves that bring it
     something, into slots behind those in use. `staged`: what all devices hold when everything has arrived and nothing
-    has been given up, those that are to leave included. `target`: what the group holds then.
+    has been given up, those that are to leave included. `target`: what the group holds then. `keeps_room`: memory that
+    is given up stays free for further replicas of experts; else the KV cache grows into it.
     """
 
     loads: Mapping[str, tuple[Move, ...]]
     staged: Layout
     target: Layout
+    keeps_room: bool
 
     @property
     def gives_up(self) -> bool:
@@ -80,7 +82,7 @@ def stage(plan: Plan, held: Layout) -> Staging:
         loads[after.device] = tuple(moves)
         staged = staged.with_shard(shard)
     target = Layout(shards=tuple(_closed_up(staged[after.device], after) for after in plan.after.shards))
-    return Staging(loads=loads, staged=staged, target=target)
+    return Staging(loads=loads, staged=staged, target=target, keeps_room=plan.policy == "eplb")
 
 
 def _loads_of(plan: Plan, device: str) -> list[Move]:

@@ -733,7 +733,7 @@ class Coordinator:
     def _form(self) -> None:
         assert self._staging is not None
         target = self._staging.target
-        if self._staging.gives_up:
+        if self._staging.gives_up and not self._staging.keeps_room:
             self.num_kv_blocks = max(self.num_kv_blocks, self._fitting_kv_blocks(target))
         self._await(FORMING, list(self.members), self.config.form_timeout_s, self._serve)
         self._do(Form(epoch=self.epoch, layout=target, num_kv_blocks=self.num_kv_blocks))
@@ -881,6 +881,7 @@ class Coordinator:
                 staged=staging.staged,
                 num_kv_blocks=self.num_kv_blocks,
                 fresh=tuple(self._joining),
+                background=True,
             )
         )
 

@@ -278,7 +278,8 @@ class Attach:
 class Reserve:
     """Commit every slot that `staged` has beyond what is there, and `num_kv_blocks` blocks of KV, before a byte moves.
 
-    `fresh`: devices whose arenas hold nothing usable and are made anew. Answered by `Reserved`.
+    `fresh`: devices whose arenas hold nothing usable and are made anew. `background`: while the engine serves, when
+    nothing may be given back. Answered by `Reserved`.
     """
 
     epoch: int
@@ -286,6 +287,7 @@ class Reserve:
     staged: Layout
     num_kv_blocks: int
     fresh: tuple[str, ...]
+    background: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,165 @@
+"""The state plane's commits against a device's real account, with the connection left out."""
+
+from __future__ import annotations
+
+import random
+from types import SimpleNamespace
+
+import pytest
+
+from anchortp.arena import PAGE_BYTES, IntervalSet
+from anchortp.config import EngineConfig, parse_model_config
+from anchortp.engine.plane import KV_ARENA, WEIGHTS_ARENA, StatePlane
+from anchortp.layout import EXPERT, KV, KVAddresses, Layout, WeightAddresses, empty_shard, initial_layout, model_units
+from anchortp.recovery.devices import Device, fitting_kv_blocks
+from anchortp.recovery.events import Reserve
+from anchortp.state.memory import DeviceMemory
+
+DEVICE, BLOCK, WANTED = "cpu:0", 1, 1001
+# Neither slots nor planes end on the edge of a page.
+MODEL = {
+    "model_type": "mixtral",
+    "num_hidden_layers": 2,
+    "hidden_size": 48,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "intermediate_size": 40,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "vocab_size": 97,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "torch_dtype": "bfloat16",
+}
+UNITS = model_units(parse_model_config(MODEL))
+
+
+class _Client:
+    """What `AnchorClient` says of memory, answered in this process."""
+
+    def __init__(self, budget_bytes: int):
+        self.memory = DeviceMemory(device=DEVICE, budget_bytes=budget_bytes)
+        self.welcome = SimpleNamespace(device=DEVICE, epoch=1)
+
+    def create_arena(self, name, reserved_bytes, epoch):
+        self.memory.create(name, reserved_bytes)
+        return SimpleNamespace(close=lambda: None)
+
+    def drop_arena(self, name, epoch):
+        self.memory.drop(name)
+
+    def commit(self, name, ranges, epoch):
+        self.memory.commit(name, tuple(ranges))
+
+    def decommit(self, name, ranges, epoch):
+        self.memory.decommit(name, tuple(ranges))
+
+    def status(self):
+        return SimpleNamespace(arenas=self.memory.infos())
+
+    def put_manifest(self, manifest, epoch):
+        pass
+
+
+def _plane(client: _Client) -> StatePlane:
+    config = EngineConfig(
+        model_folder="",
+        runtime_dir="",
+        model=UNITS.config,
+        devices=(DEVICE,),
+        device_memory_bytes=client.memory.budget_bytes,
+        max_model_len=256,
+        kv_block_size=BLOCK,
+        kv_blocks=WANTED,
+    )
+    plane = StatePlane(
+        config, UNITS, "print", watch=lambda fd, read: None, unwatch=lambda fd: None, on_gone=pytest.fail
+    )
+    plane._clients[DEVICE] = client
+    return plane
+
+
+def _random_layout(draw: random.Random) -> Layout:
+    shard = empty_shard(DEVICE)
+    for family in UNITS.families:
+        shard = shard.replaced(family, range(draw.randint(1, UNITS.num_units[family])))
+    return Layout(shards=(shard,))
+
+
+def _fitting(layout: Layout, budget_bytes: int) -> int:
+    devices = {DEVICE: Device(budget_bytes=budget_bytes, shard=layout.shards[0], fresh=False)}
+    return fitting_kv_blocks(UNITS, devices, layout, block_size=BLOCK, wanted=WANTED, least=1)
+
+
+def _used(layout: Layout, num_kv_blocks: int) -> dict[str, IntervalSet]:
+    """The oracle: pages with a byte in them that some slot names."""
+    shard, page = layout.shards[0], PAGE_BYTES
+    weights = WeightAddresses(units=UNITS, page_bytes=page)
+    kv = KVAddresses(config=UNITS.config, block_size=BLOCK, num_blocks=WANTED, page_bytes=page)
+    ranges = {WEIGHTS_ARENA: [weights.replicated_range], KV_ARENA: []}
+    for tensor in UNITS.tensors:
+        for copy in range(UNITS.num_copies(tensor)):
+            ranges[WEIGHTS_ARENA] += [weights.block(tensor, copy, slot) for slot in range(len(shard[tensor.family]))]
+    for slot in range(len(shard[KV])):
+        ranges[KV_ARENA] += kv.slot_ranges(slot, slot + 1, 0, num_kv_blocks)
+    return {
+        name: IntervalSet((start // page * page, -(-stop // page) * page) for start, stop in ranges[name])
+        for name in ranges
+    }
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_memory_that_is_given_up_is_there_for_the_kv_cache(seed):
+    """Shrink, grow and settle at the brim: what the planner says fits does, and nothing is kept that nobody uses."""
+    draw = random.Random(seed)
+    everything = _used(Layout(shards=(initial_layout(UNITS, (DEVICE,)).shards[0],)), 0)
+    client = _Client(everything[WEIGHTS_ARENA].total + draw.randint(100, 400) * PAGE_BYTES)
+    plane, fresh = _plane(client), (DEVICE,)
+    for epoch in range(1, 9):
+        staged, target = sorted((_random_layout(draw), _random_layout(draw)), key=_total, reverse=True)
+        if not all(len(target.shards[0][f]) <= len(staged.shards[0][f]) for f in UNITS.families):
+            target = staged
+        blocks = _fitting(staged, client.memory.budget_bytes)
+        order = Reserve(epoch=epoch, ticket=epoch, staged=staged, num_kv_blocks=blocks, fresh=fresh)
+        assert plane.reserve(order) == ""
+        assert _accounted(client) == _used(staged, blocks)
+        blocks = _fitting(target, client.memory.budget_bytes)
+        assert plane.settle(target, blocks, epoch)
+        assert _accounted(client) == _used(target, blocks)
+        client.memory.validate()
+        fresh = ()
+
+
+def test_a_change_behind_the_steps_gives_nothing_back():
+    client = _Client(1 << 24)
+    plane, large, small = _plane(client), *sorted((_layout(4), _layout(2)), key=_total, reverse=True)
+    assert plane.reserve(Reserve(epoch=1, ticket=1, staged=large, num_kv_blocks=9, fresh=(DEVICE,))) == ""
+    behind = Reserve(epoch=1, ticket=2, staged=small, num_kv_blocks=9, fresh=(), background=True)
+    assert plane.reserve(behind) == ""
+    assert _accounted(client) == _used(large, 9)
+    assert plane.settle(small, 9, 2)
+    assert _accounted(client) == _used(small, 9)
+
+
+def test_a_reservation_above_the_budget_is_refused_with_the_numbers_and_can_be_made_smaller():
+    client = _Client(_used(_layout(4), 0)[WEIGHTS_ARENA].total + 16 * PAGE_BYTES)
+    plane = _plane(client)
+    refused = plane.reserve(Reserve(epoch=1, ticket=1, staged=_layout(4), num_kv_blocks=WANTED, fresh=(DEVICE,)))
+    assert refused is not None and "do not fit" in refused
+    assert plane.settle(_layout(1), 1, 1)
+    assert _accounted(client) == _used(_layout(1), 1)
+
+
+def _layout(num_experts: int) -> Layout:
+    (shard,) = initial_layout(UNITS, (DEVICE,)).shards
+    return Layout(shards=(shard.replaced(EXPERT, range(num_experts)),))
+
+
+def _total(layout: Layout) -> int:
+    return sum(len(layout.shards[0][family]) for family in UNITS.families)
+
+
+def _accounted(client: _Client) -> dict[str, IntervalSet]:
+    return {info.name: IntervalSet(info.ranges) for info in client.memory.infos()}
