@@ -343,3 +343,16 @@ def state_of(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return ""
+
+
+def wait_balanced(driver: Driver, num_changes: int) -> dict[str, Any]:
+    """Keeps the engine speaking until experts were rebalanced so often and the change is made."""
+
+    def done() -> bool:
+        status = driver.engine.status()
+        ended = all(change["outcome"] for change in status["changes"])
+        return ended and status["experts"].get("rebalanced", 0) >= num_changes
+
+    while not done():
+        driver.submit(prompt_of(1), 150).check()
+    return driver.engine.status()

@@ -6,7 +6,7 @@ import pytest
 
 from anchortp.engine.faults import Strike
 from anchortp.layout import EXPERT
-from tests.procs.engine_tools import nothing_left, prompt_of, running_engine
+from tests.procs.engine_tools import nothing_left, prompt_of, running_engine, wait_balanced
 from tests.tiny_model import write_model
 
 MIXTRAL = {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 48}
@@ -60,19 +60,6 @@ def test_a_restart_attaches_to_experts_that_are_cut_alike(folders):
         with running_engine(folders["mixtral"], 3, runtime_dir=runtime_dir, expert_cut="columns") as driver:
             assert driver.episodes[0]["bytes"]["loaded"] > 0, "columns in an arena of whole experts"
             driver.submit(prompt_of(3), 20).check()
-
-
-def wait_balanced(driver, num_changes: int) -> dict:
-    """Keeps the engine speaking until experts were rebalanced so often and the change is made."""
-
-    def done() -> bool:
-        status = driver.engine.status()
-        ended = all(change["outcome"] for change in status["changes"])
-        return ended and status["experts"].get("rebalanced", 0) >= num_changes
-
-    while not done():
-        driver.submit(prompt_of(1), 150).check()
-    return driver.engine.status()
 
 
 def test_hot_experts_get_replicas_while_streams_speak_and_what_has_one_is_not_loaded_again(folders):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from anchortp.errors import AnchorTPError
-from tests.procs.engine_tools import Driver, kill_process, prompt_of, running_engine
+from tests.procs.engine_tools import Driver, kill_process, prompt_of, running_engine, wait_balanced
 from tests.tiny_model import write_model
 
 NUM_FAULTS = 14
@@ -43,11 +45,38 @@ def strike(driver: Driver, dice: random.Random) -> str:
     return f"{device} {kind}"
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory):
+    return write_model(
+        tmp_path_factory.mktemp("mixtral") / "model",
+        model_type="mixtral",
+        num_local_experts=7,
+        num_experts_per_tok=2,
+        intermediate_size=32,
+    )
+
+
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_storm_of_faults(folder, seed):
+    driver, story = storm(folder, seed)
+    for episode in driver.episodes[1:]:
+        moved = episode["bytes"]
+        assert moved["loaded"] == moved["lost"] + moved["replica"] + moved["replicated"], story
+        assert moved["copied"] == 0, story
+
+
+@pytest.mark.parametrize("seed", [3, 4])
+def test_a_storm_of_faults_while_experts_are_rebalanced(experts, seed):
+    storm(experts, seed, eplb_interval_s=0.05)
+
+
+def storm(folder: Path, seed: int, **options: Any) -> tuple[Driver, list[str]]:
+    """The driver of an engine that has ended, and what struck it."""
     dice = random.Random(seed)
     story = []
-    with running_engine(folder, 6) as driver:
+    with running_engine(folder, 6, **options) as driver:
+        if options:
+            wait_balanced(driver, 1)
         streams = driver.speak(3, 150)
         for _ in range(NUM_FAULTS):
             story.append(strike(driver, dice))
@@ -63,7 +92,4 @@ def test_a_storm_of_faults(folder, seed):
         for stream in streams:
             stream.check()
         driver.submit(prompt_of(7), 20).check()
-        for episode in driver.episodes[1:]:
-            moved = episode["bytes"]
-            assert moved["loaded"] == moved["lost"] + moved["replica"] + moved["replicated"], story
-            assert moved["copied"] == 0, story
+    return driver, story

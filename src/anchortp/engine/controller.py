@@ -14,6 +14,7 @@ import selectors
 import socket
 import threading
 import time
+from bisect import bisect_right
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -55,7 +56,6 @@ log = logging.getLogger("anchortp.engine")
 POISON_CUTS = 5  # a request whose batches killed a worker so often in a row is ended, not tried again
 STOP_TIMEOUT_S = 5.0
 BACKLOG_POLL_S = 1e-3
-BUDGET_SLACK_BYTES = 4 << 20  # page rounding of what is added
 BACKGROUND_PACE = 0.5  # share of the time in which bytes move while steps are computed
 PUBLISH_EVERY_S = 0.1
 MAX_EPISODES_SHOWN = 32
@@ -704,11 +704,12 @@ class ElasticEngine:
 
     def _expert_slots(self, device: str) -> int:
         """How many expert units the device has memory for, beside all else that it holds now."""
-        shard, size = self.recovery.layout[device], self.units.unit_bytes[EXPERT]
-        kv_bytes = len(shard[KV]) * self._plane.kv.block_bytes * self.recovery.num_kv_blocks
-        used = self._plane.weights.committed_bytes(shard) + kv_bytes
-        room = self.recovery.snapshot()[device]["budget_bytes"] - used - BUDGET_SLACK_BYTES
-        return len(shard[EXPERT]) + max(0, room // size)
+        shard, weights = self.recovery.layout[device], self._plane.weights
+        kv_bytes = self._plane.kv.room_for(len(shard[KV]), self.recovery.num_kv_blocks)
+        room = self.recovery.snapshot()[device]["budget_bytes"] - kv_bytes
+        least, most = len(shard[EXPERT]), self.units.num_units[EXPERT]
+        fits = range(least + 1, most + 1)
+        return least + bisect_right(fits, room, key=lambda n: weights.committed_bytes(shard.replaced(EXPERT, range(n))))
 
     def _begin_change(self, change: DeviceChange, change_id: int) -> None:
         """Starting anchors takes longer than a step, so that happens on a thread; serving goes on."""

@@ -132,9 +132,14 @@ class KVAddresses:
         """How many blocks of `num_heads` KV heads fit in `room_bytes`, page rounding included; at most all."""
         if num_heads == 0:
             return self.num_blocks
+        room_bytes -= self.room_for(num_heads, 0)
+        return max(0, min(self.num_blocks, room_bytes // (num_heads * self.block_bytes)))
+
+    def room_for(self, num_heads: int, num_blocks: int) -> int:
+        """Bytes in which that many blocks fit, wherever they begin and end."""
         # A range of blocks may touch one page more than it fills, at both ends of keys and values alike.
-        rounding = 2 * 2 * self.page_bytes * self.config.num_layers * num_heads
-        return max(0, min(self.num_blocks, (room_bytes - rounding) // (num_heads * self.block_bytes)))
+        rounding = 2 * 2 * self.page_bytes * self.config.num_layers
+        return num_heads * (rounding + num_blocks * self.block_bytes)
 
     def layer_offset(self, layer: int) -> int:
         return layer * self.layer_bytes

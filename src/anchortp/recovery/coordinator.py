@@ -822,7 +822,8 @@ class Coordinator:
                 return f"{name} is not in the group, which has {members}"
         if wish.attempt >= ch.MAX_ATTEMPTS:
             return f"faults have interrupted it {wish.attempt} times"
-        if wish.plan is None and not (wish.add or wish.remove or wish.speeds is not None):
+        only_plan = not (wish.add or wish.remove or wish.speeds is not None)
+        if only_plan and (wish.plan is None or wish.plan.before != self.layout):
             return "the layout that it was made for is gone"
         return ""
 
