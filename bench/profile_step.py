@@ -241,6 +241,8 @@ def make_decoder(folder: Path, config: ModelConfig, case: Case, rank: int) -> An
     for start, stop in kv.slot_ranges(0, len(shard[KV]), 0, case.num_blocks):
         cache[start:stop].zero_()
     views, planes = WeightViews(buffer, addresses, shard), KVCache(cache, kv, shard)
+    while views.copy_next():  # as after the first steps
+        pass
     return Decoder(units, layout, rank, views, planes, max_model_len=case.context + 1)
 
 

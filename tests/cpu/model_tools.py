@@ -205,6 +205,7 @@ class TPGroup:
         self.checkpoint = Checkpoint.open(folder, units)
         self.weights = {d: self._loaded(layout[d]) for d in layout.devices}
         self.kv = {d: nan_buffer(self.kv_addresses.reserved_bytes) for d in layout.devices}
+        self._decoders: dict[str, Decoder] = {}
         self._start()
 
     def _loaded(self, shard: Shard) -> Tensor:
@@ -215,10 +216,12 @@ class TPGroup:
 
     def _start(self) -> None:
         self.groups = thread_groups(len(self.layout.shards))
-        self.decoders = [
-            Decoder(self.units, self.layout, rank, *self.views(shard), MAX_LEN)
-            for rank, shard in enumerate(self.layout.shards)
-        ]
+        for rank, shard in enumerate(self.layout.shards):  # a device that stays keeps its decoder, as in a worker
+            if shard.device in self._decoders:
+                self._decoders[shard.device].rebind(self.layout, rank, *self.views(shard))
+            else:
+                self._decoders[shard.device] = Decoder(self.units, self.layout, rank, *self.views(shard), MAX_LEN)
+        self.decoders = [self._decoders[device] for device in self.layout.devices]
         self._pool = ThreadPoolExecutor(len(self.decoders))
 
     def views(self, shard: Shard) -> tuple[WeightViews, KVCache]:

@@ -550,7 +550,8 @@ class Worker:
         try:
             with torch.inference_mode(), a.accelerator.placing():
                 forward = ForwardBatch.build(batch.seqs, a.order.kv_block_size)
-                logits = self._decoder.forward(forward, self._group, self._gate())
+                gate = self._gate()
+                logits = self._decoder.forward(forward, self._group, gate)
         except GroupAborted:
             return
         if logits is not None:
@@ -560,6 +561,9 @@ class Worker:
             load = self._expert_load(self._decoder)
             self._send(m.StepDone(epoch=order.epoch, step=batch.step, sampled=sampled, expert_load=load))
         a.probe.at("between")
+        if gate is None:  # a millisecond: nothing that a stream or a recovery would notice
+            with torch.inference_mode():
+                self._decoder.weights.copy_next()
 
     def _gate(self) -> Gate | None:
         """Makes a step wait for the weights that it needs and that are still on their way; None if none are."""

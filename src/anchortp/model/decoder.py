@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from anchortp.layout import ATTENTION, KV, VOCAB, Layout, ModelUnits, Shard
+from anchortp.layout import ATTENTION, KV, MLP, VOCAB, Layout, ModelUnits, Shard
 from anchortp.model.batch import DecodeGroup, ForwardBatch, PrefillChunk
 from anchortp.model.kv_cache import KVCache
 from anchortp.model.moe import MoE
-from anchortp.model.panels import linear
+from anchortp.model.panels import linear, times
 from anchortp.model.rope import RopeTables
 from anchortp.model.weights import LayerWeights, WeightViews
 
@@ -99,12 +99,14 @@ class Decoder:
         self.dtype = getattr(torch, units.config.dtype)
         self.max_model_len = max_model_len
         self._rope = RopeTables(units.config, max_model_len)
+        self.weights = weights
         self.rebind(layout, rank, weights, kv_cache)
 
     def rebind(self, layout: Layout, rank: int, weights: WeightViews, kv_cache: KVCache) -> None:
         """Takes over another layout, rank or arena. Costs a millisecond: only index tables are rebuilt."""
         shard = layout.shards[rank]
         assert weights.shard == shard and kv_cache.shard == shard, "views of another shard"
+        weights.take_copies(self.weights)
         self.rank = rank
         self.num_ranks = len(layout.shards)
         self.weights = weights
@@ -189,7 +191,7 @@ class Decoder:
         attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         if heads.back is not None:
             attended = attended.index_select(1, heads.back)
-        return torch.mm(attended.reshape(x.shape[0], -1), layer.o)
+        return times(attended.reshape(x.shape[0], -1), layer.o)
 
     def _project(self, layer: LayerWeights, x: Tensor) -> Tensor:
         """`[rows, num_q + 2 * num_kv, head_dim]`: q of every q slot, then k and v of every KV slot."""
@@ -252,12 +254,12 @@ class Decoder:
         if self.moe is not None:
             return self.moe.forward(index, self._norm(x, layer.post_norm))
         assert layer.gate_up is not None and layer.down is not None
-        if not layer.down.shape[0]:
+        if not self.weights.shard[MLP]:
             return torch.zeros_like(x)
         both = linear(self._norm(x, layer.post_norm), layer.gate_up)
         both = both.view(x.shape[0], -1, 2, self.units.mlp_block)
         gated = F.silu(both[:, :, 0]).mul_(both[:, :, 1])
-        return torch.mm(gated.view(x.shape[0], -1), layer.down)
+        return times(gated.view(x.shape[0], -1), layer.down)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         # Without a weight torch computes in float32 and rounds once; the weight is then applied in the model's

@@ -34,6 +34,16 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
+def times(x: Tensor, weight: Tensor) -> Tensor:
+    """`x @ weight`, for plain matrices, and for those of which `across` made panels."""
+    return linear(x, weight) if weight.is_mkldnn else torch.mm(x, weight)
+
+
+def across(weight: Tensor) -> Tensor:
+    """For `times`: a copy of a plain matrix `[columns, hidden]` in panels of its own memory."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight.t(), 16)
+
+
 def linear_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
     """As `linear`, written into `out` (contiguous)."""
     if weight.is_mkldnn:

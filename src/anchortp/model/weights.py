@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from anchortp.layout import EXPERT, MLP, ModelUnits, ReplicatedTensor, Shard, UnitTensor, WeightAddresses
-from anchortp.model.panels import check_panels, panel_matrix, take_rows
+from anchortp.layout import ATTENTION, EXPERT, MLP, ModelUnits, ReplicatedTensor, Shard, UnitTensor, WeightAddresses
+from anchortp.model.panels import across, check_panels, panel_matrix, take_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
-    """One layer, units in slot order. Every matrix has the hidden axis last: q, kv and gate_up, which may be opaque
-    (`panels`), are used as `x @ W.T`, o and down, stored transposed, as `x @ W`. A layer has an MLP, or a router to
-    experts, which `WeightViews.experts` has."""
+    """One layer, units in slot order. Every matrix has the hidden axis last: q, kv and gate_up, used as `x @ W.T`
+    (`panels.linear`), and o and down, stored transposed, used as `x @ W` (`panels.times`); they may be opaque. A layer
+    has an MLP, or a router to experts, which `WeightViews.experts` has."""
 
     input_norm: Tensor  # [hidden]
     post_norm: Tensor  # [hidden]
@@ -39,6 +39,9 @@ class WeightViews:
     """Typed views of one device's weights arena.
 
     `buffer`: 1-D uint8 over the whole arena. Only the slots of `shard` are ever touched through the views.
+
+    Where weights lie in panels, o and down of the layers cannot: a panel of theirs has a part of every unit, so it
+    could not grow in place. `copy_next` makes copies of them in panels, one at a time, in the worker's own memory.
     """
 
     def __init__(self, buffer: Tensor, addresses: WeightAddresses, shard: Shard):
@@ -51,12 +54,34 @@ class WeightViews:
         self.embed = self._view("embed")  # [vocabulary units * vocab_block, hidden]
         self.lm_head = self._matrix("embed" if units.config.tie_embeddings else "lm_head")
         self.final_norm = self._view("final_norm")
-        self.layers = tuple(
+        self.layers = [
             LayerWeights(**{key: self._matrix(key, layer) for key in layered})
             for layer in range(units.config.num_layers)
-        )
+        ]
         # gate_up [2 * columns, hidden] (maybe opaque), down [columns, hidden], by layer * num_experts + expert
         self.experts: dict[int, tuple[Tensor, Tensor]] = self._experts()
+        crossing = {"o": ATTENTION} | ({} if units.config.moe else {"down": MLP})
+        self._crossing = {key: family for key, family in crossing.items() if units.config.panels and shard[family]}
+        self._copies: dict[tuple[str, int], Tensor] = {}
+
+    def take_copies(self, other: WeightViews) -> None:
+        """Those of `other` whose units are in the same slots here."""
+        for key, family in self._crossing.items():
+            if self.shard[family] == other.shard[family]:
+                for (_, layer), copy in [item for item in other._copies.items() if item[0][0] == key]:
+                    self._use_copy(key, layer, copy)
+
+    def copy_next(self) -> bool:
+        """Copies one more o or down into panels; False if there are copies of all. Its weights must be there."""
+        every = ((key, layer) for layer in range(len(self.layers)) for key in self._crossing)
+        key, layer = next((place for place in every if place not in self._copies), ("", 0))
+        if key:
+            self._use_copy(key, layer, across(self._view(key, layer)))
+        return bool(key)
+
+    def _use_copy(self, key: str, layer: int, copy: Tensor) -> None:
+        self._copies[key, layer] = copy
+        self.layers[layer] = replace(self.layers[layer], **{key: copy})
 
     def embedding(self, rows: Tensor) -> Tensor:
         """`[n, hidden]`: the embeddings in local rows (int64 `[n]`), of which there must be some."""
