@@ -38,6 +38,10 @@ class Share:
     most: dict[str, int]
     incoming: dict[str, int]
 
+    def width(self, device: str) -> int:
+        """Units that the device has when all is done."""
+        return self.held[device] - len(self.pool.released.get(device, ())) + self.incoming[device]
+
 
 @dataclass(slots=True, kw_only=True)
 class Placement:
@@ -99,6 +103,8 @@ def _shares(problem: Problem, family: str, widths: Widths) -> tuple[dict[str, tu
         wanted = widths.get((family, at))
         count = {device: len(units) for device, units in held.items()}
         gone |= retain(problem, held, pool, copies, *((wanted, wanted) if wanted else (low, high)))
+        left = {device: len(units) for device, units in held.items()}
+        least = {d: max(0, low[d] - left[d]) for d in problem.devices}
         share = Share(
             family=family,
             size=size,
@@ -106,9 +112,9 @@ def _shares(problem: Problem, family: str, widths: Widths) -> tuple[dict[str, tu
             low=low,
             high=high,
             pool=pool,
-            least={d: max(0, low[d] - len(held[d])) for d in problem.devices},
-            most={d: max(0, high[d] - len(held[d])) for d in problem.devices},
-            incoming={d: max(0, (wanted or low)[d] - len(held[d])) for d in problem.devices},
+            least=least,
+            most={d: max(0, high[d] - left[d]) for d in problem.devices},
+            incoming={d: max(0, wanted[d] - left[d]) for d in problem.devices} if wanted else dict(least),
         )
         shares.append(share)
     kept = {d: slots.get(d, ()) for d in problem.devices}
@@ -162,13 +168,13 @@ def _spread_remainders(
 
 def _spread(problem: Problem, share: Share, load: Load, width: dict[str, int] | None) -> None:
     size, incoming = problem.size(share.family), share.incoming
-
-    def cost(device: str) -> tuple[float, tuple[float, float]]:
-        rank = (width[device] + 1) / problem.speed(device) if width is not None else 0.0
-        return rank, load.done_with(device, size)
-
     for _ in range(len(share.pool) - sum(incoming.values())):
-        best = min((d for d in problem.devices if incoming[d] < share.most[d]), key=cost)
+        open_to = [d for d in problem.devices if incoming[d] < share.most[d]]
+        if width is not None:
+            rank = {d: (width[d] + 1) / problem.speed(d) for d in open_to}
+            least = min(rank.values())
+            open_to = [d for d in open_to if rank[d] == least]
+        best = open_to[0] if len(open_to) == 1 else min(open_to, key=lambda d: load.done_with(d, size))
         incoming[best] += 1
         load.add(best, size)
         if width is not None:

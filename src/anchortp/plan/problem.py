@@ -126,10 +126,13 @@ class Problem:
     @cached_property
     def missing(self) -> dict[str, tuple[int, ...]]:
         """Per family, ascending: units that no living device holds."""
-        return {
-            family: tuple(sorted(set(range(self.units.num_units[family])).difference(*held.values())))
-            for family, held in self.held.items()
-        }
+        found = {}
+        for family, slots in self.slots.items():
+            left = set(range(self.units.num_units[family]))
+            for units in slots.values():
+                left.difference_update(units)
+            found[family] = tuple(sorted(left))
+        return found
 
     def holders(self, family: str, unit: int) -> tuple[str, ...]:
         """Living devices that hold the unit (a plane: its KV head), in rank order."""
@@ -191,7 +194,7 @@ class Problem:
         return {d: (r + 1) * total // n - r * total // n for r, d in enumerate(self.devices)}
 
     def speed(self, device: str) -> float:
-        return (self.speeds or {}).get(device, 1.0)
+        return self.speeds.get(device, 1.0) if self.speeds else 1.0
 
     def total_bounds(self, family: str, sizes: Sequence[int] | None = None) -> Bounds:
         """As `bounds`, for all groups of a family together. `sizes`: units per group, if some have copies.
@@ -241,6 +244,11 @@ class Problem:
 
     def kv_heads(self, q_heads: frozenset[int] | set[int]) -> set[int]:
         return {self.units.kv_head_of(q) for q in q_heads} if KV in self.families else set()
+
+    def copy_bytes(self, kv_head: int) -> int:
+        """What a further copy of this KV head must bring: weights, and its plane if any source has that."""
+        plane = self.plane_bytes and (self.planes_at or self.holders(PLANE, kv_head))
+        return self.size(KV) + (self.plane_bytes if plane else 0)
 
     @property
     def kv_bytes(self) -> int:

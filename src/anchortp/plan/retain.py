@@ -88,12 +88,15 @@ def retain(
     """Shortens the lists in `held` until all widths between `low` and `high` are in reach; fills `pool` with what is
     given up. Returns that as (device, unit)."""
     dropped: set[tuple[str, int]] = set()
-    short = sum(max(0, low[d] - len(units)) for d, units in held.items()) - len(pool)
+    short = -len(pool)
     for device, units in held.items():
-        over = len(units) - high[device]
-        for _ in range(over):
+        count = len(units)
+        for _ in range(count - high[device]):
             _release(device, units, pool, copies, dropped)
-        short -= max(0, over)
+        if count < low[device]:
+            short += low[device] - count
+        elif count > high[device]:
+            short -= count - high[device]
     for _ in range(short):
         open_to = [d for d in held if len(held[d]) > low[d]]
         giver = min(open_to, key=lambda d: (way_out(problem, d), -len(held[d]) / problem.speed(d)))
