@@ -171,7 +171,9 @@ def _supply(problem: Problem, family: str, low: Mapping[str, int]) -> tuple[dict
             supply[holders] += 1
         for device in here:
             least[device] -= 1
-    return dict(supply), {device: max(0, least[device]) for device in problem.devices}
+    wanted = {device: max(0, least[device]) for device in problem.devices}
+    short = max(0, sum(wanted.values()) - sum(supply.values()))  # too many copies, which stay where they are
+    return dict(supply), {device: max(0, count - short) for device, count in wanted.items()}
 
 
 def _fill(count: int, least: Mapping[str, int], most: Mapping[str, int], price: Mapping[str, float]) -> float:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from anchortp.layout import ATTENTION, KV
+from anchortp.layout import ATTENTION, EXPERT, KV
 from anchortp.plan.assemble import Piece
 from anchortp.plan.placement import Placement, Share
 from anchortp.plan.plan import PLANE, REPLICATED
@@ -75,12 +75,11 @@ def deliver(problem: Problem, placement: Placement, give_up_s: float = math.inf)
     moving = [share for share in placement.shares if share.pool.released]
     if moving:
         items += _match_released(problem, items, lost, moving)
-    own = [item for item in items if item.device in item.sources]
-    items = [item for item in items if item.device not in item.sources]
+    items, kept = _without_own(problem, placement.kept, items)
     return Delivery(
         problem=problem,
         placement=placement,
-        kept=_with_own(problem, placement.kept, own),
+        kept=kept,
         items=tuple(items),
         routing=route_all(problem.network, to_commodities(problem, items, lost), give_up_s=give_up_s),
         replayed=tuple(replayed),
@@ -97,12 +96,26 @@ def floor_s(problem: Problem, placement: Placement, prices: Sequence[float]) -> 
     return floor(problem.network, commodities, prices)
 
 
-def _with_own(problem: Problem, kept: Kept, own: Sequence[Item]) -> Kept:
+def _without_own(problem: Problem, kept: Kept, items: Sequence[Item]) -> tuple[list[Item], Kept]:
+    """Items that really have to move; and what devices keep, with what they would give up but get back: a unit that
+    finds no better place, or one of which they were to drop a copy."""
     result = {family: dict(by_device) for family, by_device in kept.items()}
-    for item in own:
-        stay = {*result[item.family][item.device], *item.units}
-        result[item.family][item.device] = tuple(u for u in problem.slots[item.family][item.device] if u in stay)
-    return result
+    moving = []
+    for item in items:
+        own = _own(problem, item)
+        if own:
+            stay = {*result[item.family][item.device], *own}
+            result[item.family][item.device] = tuple(u for u in problem.slots[item.family][item.device] if u in stay)
+            item = replace(item, units=[unit for unit in item.units if unit not in own])
+        if item.units:
+            moving.append(item)
+    return moving, result
+
+
+def _own(problem: Problem, item: Item) -> set[int]:
+    if item.device in item.sources:
+        return set(item.units)
+    return problem.held[EXPERT][item.device].intersection(item.units) if item.family == EXPERT else set()
 
 
 def items_and_lost(problem: Problem, placement: Placement) -> tuple[list[Item], dict[str, int]]:
@@ -110,13 +123,14 @@ def items_and_lost(problem: Problem, placement: Placement) -> tuple[list[Item], 
     return _few_items(problem, placement)[0], _lost_wishes(problem, placement)
 
 
-def items_of(problem: Problem, placement: Placement) -> tuple[list[Item], list[int]]:
-    """What each device receives, and the KV heads to replay, without a look at any link."""
+def items_of(problem: Problem, placement: Placement) -> tuple[list[Item], Kept, list[int]]:
+    """What each device receives and keeps, and the KV heads to replay, without a look at any link."""
     items, replayed = _few_items(problem, placement)
     for share in placement.shares:
         if share.pool.released:
             items += _follow(problem, share, {}, 1, {})
-    return [*items, *_lost_items(problem, placement)], replayed
+    items, kept = _without_own(problem, placement.kept, items)
+    return [*items, *_lost_items(problem, placement)], kept, replayed
 
 
 def fixed_pieces(problem: Problem, items: Sequence[Item]) -> list[Piece]:

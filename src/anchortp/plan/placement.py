@@ -17,7 +17,7 @@ from anchortp.layout import ATTENTION, EXPERT, KV
 from anchortp.plan.heads import kv_after, place_heads
 from anchortp.plan.loads import Load
 from anchortp.plan.problem import Problem
-from anchortp.plan.retain import Pool, by_group, copies_of, drop_copies, retain
+from anchortp.plan.retain import Pool, by_group, copies_of, drop_copies, num_sole, retain
 
 Widths = Mapping[tuple[str, int], Mapping[str, int]]  # (family, index of the group) -> device -> units
 
@@ -100,6 +100,8 @@ def _shares(problem: Problem, family: str, widths: Widths) -> tuple[dict[str, tu
         gone |= drop_copies(problem, held, pool, copies)
         size = sum(map(len, held.values())) + len(pool)
         low, high = problem.bounds(size)
+        if copies is not None:  # copies are not passed on
+            low = {d: max(low[d], min(high[d], len(held[d]) - num_sole(held[d], copies))) for d in problem.devices}
         wanted = widths.get((family, at))
         count = {device: len(units) for device, units in held.items()}
         gone |= retain(problem, held, pool, copies, *((wanted, wanted) if wanted else (low, high)))
