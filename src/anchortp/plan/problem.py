@@ -64,6 +64,12 @@ class Problem:
             if name not in known:
                 places = ", ".join(known)
                 raise ConfigError(f"{name!r} is not in topology {self.topology.name!r}, which has {places}.")
+        for name in (*self.stores, *self.planes_at):
+            if known[name].kind not in ("host", "disk"):
+                stores = ", ".join(place.name for place in known.values() if place.kind in ("host", "disk"))
+                raise ConfigError(
+                    f"{name!r} is a {known[name].kind}; weights and mirrors are read from a host or disk: {stores}."
+                )
         for name in self.lost:
             if name in self.devices or name not in self.before.devices:
                 raise ConfigError(f"{name!r} cannot be lost: it must be in the old layout and not in the new one.")
