@@ -169,7 +169,10 @@ anchortp topology measure --output here.yaml           # this machine
    first byte moves, and what does not fit is refused with the numbers.
 5. **A lower bound** comes with every plan: no plan at all, into any balanced layout, can be faster. It lets units
    and copies of KV heads be split, so where those are large nothing may reach it: `python -m bench.planner` then asks
-   HiGHS, a solver of its own, what whole ones can reach.
+   HiGHS, a solver of its own, what whole ones can reach. Of 4,000 random problems with small units (`--problems 2000
+   --seed 0`, `--seed 100000`) all but 4 plans are within 2 % of the bound as HiGHS has it, and those 4 it proves the
+   best that whole units allow. Of 2,000 more (`--seed 200000`) one is neither: 3.8 % above, and HiGHS finds nothing
+   better in a minute. Of 250 with large units 92.8 % are within 2 %, 98 % with those that are proven best.
 
 | policy | what it does | source |
 |---|---|---|

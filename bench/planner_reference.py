@@ -14,8 +14,8 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
-from scipy.sparse import csr_array
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.sparse import csr_array, vstack
 
 from anchortp.layout import ATTENTION, KV, Layout
 from anchortp.plan import PLANE, REPLICATED, Problem
@@ -67,9 +67,27 @@ class _Programme:
             integrality=integrality,
             options={"mip_rel_gap": gap, "time_limit": time_limit_s},
         )
+        if found.x is None and not self.integral:
+            found = self._by_interior_point(cost, matrix, time_limit_s)
         if found.x is None:
             raise Unsolved(found.message)
         return float(found.mip_dual_bound if self.integral else found.fun)
+
+    def _by_interior_point(self, cost: Any, matrix: Any, time_limit_s: float) -> Any:
+        """Large programmes with many optima, in which the simplex method of HiGHS goes astray."""
+        low, high = np.array(self.low), np.array(self.high)
+        equal = low == high
+        below, above = np.isfinite(high) & ~equal, np.isfinite(low) & ~equal
+        return linprog(
+            cost,
+            A_ub=vstack([matrix[below], -matrix[above]]),
+            b_ub=np.concatenate([high[below], -low[above]]),
+            A_eq=matrix[equal],
+            b_eq=low[equal],
+            bounds=[(0.0, self.upper[i]) for i in range(len(cost))],
+            method="highs-ipm",
+            options={"time_limit": time_limit_s},
+        )
 
 
 def lp_bound(

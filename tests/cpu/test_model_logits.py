@@ -11,7 +11,6 @@ import torch
 from anchortp.config import load_model_config
 from anchortp.layout import ATTENTION, MLP, VOCAB, Layout, initial_layout, model_units, shard_from_dict
 from anchortp.model import ForwardBatch, batch
-from anchortp.plan import shrink_plan
 from tests.cpu.model_tools import (
     KINDS,
     Entry,
@@ -24,6 +23,7 @@ from tests.cpu.model_tools import (
     scrambled_tables,
     shard_items,
 )
+from tests.losses import after_loss, arrivals
 
 DEGREES = [
     (kind, degree)
@@ -130,8 +130,8 @@ def test_after_every_shrink_of_a_random_sequence_of_losses(folders: dict[str, Pa
     with load_group(folder, layout) as group:
         while len(layout.devices) > 1:
             lost = rng.sample(layout.devices, rng.randint(1, min(3, len(layout.devices) - 1)))
-            plan = shrink_plan(units, layout, lost)
-            items = {d: [(m.family, m.unit, m.slot) for m in plan.moves_of(d)] for d in plan.after.devices}
+            plan = after_loss(units, layout, lost)
+            items = {d: arrivals(plan, d) for d in plan.after.devices}
             group.rebind(plan.after, items)
             check_group(folder, group, rng, lengths=(17, 6))
             layout = plan.after

@@ -10,7 +10,6 @@ import torch
 
 from anchortp.config import load_model_config
 from anchortp.layout import EXPERT, Layout, ModelUnits, initial_layout, model_units
-from anchortp.plan import shrink_plan
 from tests.cpu.model_tools import (
     BASE_SHAPE,
     MOE_KINDS,
@@ -24,6 +23,7 @@ from tests.cpu.model_tools import (
     reference_logits,
     scrambled_tables,
 )
+from tests.losses import after_loss, arrivals
 
 CUTS = ("experts", "columns")
 NUM_Q_HEADS = BASE_SHAPE["num_attention_heads"]
@@ -90,8 +90,8 @@ def test_after_every_shrink_of_a_random_sequence_of_losses(folders, kind, expert
     with load_group(folder, layout, expert_cut=expert_cut) as group:
         while len(layout.devices) > 1:
             lost = rng.sample(layout.devices, rng.randint(1, min(2, len(layout.devices) - 1)))
-            plan = shrink_plan(units, layout, lost)
-            items = {d: [(m.family, m.unit, m.slot) for m in plan.moves_of(d)] for d in plan.after.devices}
+            plan = after_loss(units, layout, lost)
+            items = {d: arrivals(plan, d) for d in plan.after.devices}
             group.rebind(plan.after, items)
             check_group(folder, group, rng, lengths=(17, 6))
             layout = plan.after

@@ -237,6 +237,8 @@ def test_plot_is_a_picture_and_stdout_stays_one_document(run, tmp_path):
         ((QWEN, "--lost", "3", "--explain", "plane:0"), ("--kv-tokens",)),
         ((QWEN, "--lost", "3", "--explain", "heads:0"), ("heads:0", "attention:5")),
         ((QWEN, "--lost", "3", "--weights-at", "tape"), ("tape", "mi210-2x4")),
+        ((QWEN, "--lost", "3", "--weights-at", "gpu:2"), ("'gpu:2' is a device", "host, disk")),
+        ((QWEN, "--lost", "3", "--kv-tokens", "9", "--kv-mirror", "root:0"), ("'root:0' is a switch", "host, disk")),
         ((QWEN, "--lost", "3", "--plot", "/nowhere/plan.png"), ("/nowhere/plan.png",)),
     ],
 )

@@ -9,10 +9,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given, reject, settings
+from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from anchortp.layout import KV, initial_layout
-from anchortp.plan import SHAPES, Problem, TopologyError, lower_bound, makespan, predict, preset
+from anchortp.plan import POLICIES, SHAPES, Problem, TopologyError, lower_bound, makespan, predict, preset, reference
 from anchortp.plan.bound import transport
 from anchortp.plan.routing import Commodity, NoRoom, Routing, route_all
 from anchortp.plan.topology import Topology, cluster
@@ -227,6 +229,39 @@ def test_makespan_is_near_what_can_be_proven(kind):
             if seconds > bound * 1.02:
                 far.append((seed, seconds / bound - 1))
     assert not far and len(unsolved) <= 3
+
+
+# Out of 6,000 random problems with small units those that plans were once 2 to 23 % above the bound of.
+HARD = (735, 998, 1311, 1741, 100_469, 100_631, 100_870, 101_479, 101_645, 101_726, 201_110)
+
+
+@pytest.mark.parametrize("seed", HARD)
+def test_makespan_is_near_the_bound_where_it_once_was_not(seed):
+    kind = KINDS[seed % 100_000 % len(KINDS)]
+    problem = random_problem(random.Random(seed), fine=True, kind=kind, copies=False)
+    plan = makespan(problem)
+    assert reference.apply(plan) == plan.after
+    assert predict(plan, problem.topology).makespan_s <= 1.02 * max(lp_bound(problem, plan.after), plan.bound_s)
+
+
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(st.sampled_from(sorted(set(KINDS))), st.integers(0, 2**40))
+def test_makespan_is_near_what_units_of_any_size_can_reach(kind, seed):
+    """Within 3 % (2 % but for one problem in thousands) of the planner's own bound, else of the linear programme, else
+    of what HiGHS proves of whole units; and no other policy is faster (but for pages, at which bytes are cut)."""
+    problem = random_problem(random.Random(seed), fine=True, kind=kind, copies=None if kind == "shrink" else False)
+    plan = makespan(problem)
+    seconds = predict(plan, problem.topology).makespan_s
+    for name in ("units", "cmm"):
+        other = POLICIES[name](problem)
+        if len(other.replayed) <= len(plan.replayed):
+            assert predict(other, problem.topology).makespan_s >= seconds * (1 - 1e-4)
+    if seconds > plan.bound_s * 1.03:
+        try:
+            near = seconds <= 1.03 * lp_bound(problem, plan.after, time_limit_s=4.0)
+            assert near or seconds <= 1.03 * lp_bound(problem, plan.after, integral=True, time_limit_s=4.0)
+        except Unsolved:
+            reject()
 
 
 @pytest.mark.parametrize("topology", ["mi210-2x4", "2-nodes-8"])

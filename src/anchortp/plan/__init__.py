@@ -2,7 +2,7 @@
 IO, no clock. (numpy is imported by the first plan that needs it, not with this package.)"""
 
 from anchortp.plan.bound import Bound, lower_bound
-from anchortp.plan.change import plan_change
+from anchortp.plan.change import fill_plan, plan_change
 from anchortp.plan.compare import Row, compare
 from anchortp.plan.cost import Busy, Critical, Flow, Timeline, predict
 from anchortp.plan.explain import explain
@@ -11,7 +11,6 @@ from anchortp.plan.policies import POLICIES, Policy, makespan
 from anchortp.plan.problem import Problem
 from anchortp.plan.rates import Rates
 from anchortp.plan.shapes import PAPER_MODELS, SHAPES, Shape, shape, shape_from_config
-from anchortp.plan.shrink import fill_plan, shrink_plan
 from anchortp.plan.topology import (
     PRESETS,
     Link,
@@ -62,5 +61,4 @@ __all__ = [
     "preset",
     "shape",
     "shape_from_config",
-    "shrink_plan",
 ]

@@ -231,10 +231,10 @@ class _Slots:
             slot = heappop(self.holes)
         else:
             slot, self.end = self.end, self.end + count
-        new = {unit + i: slot + i for i in range(count)}
-        self.arrived |= new
-        if self._at is not None:
-            self._at |= new
+        for i in range(count):
+            self.arrived[unit + i] = slot + i
+            if self._at is not None:
+                self._at[unit + i] = slot + i
         return slot
 
     def free(self, unit: int) -> int:
@@ -261,6 +261,7 @@ class _Board:
         self.drops: list[Drop] = []
         self.names = tuple(link.name for link in problem.network.links)
         self.routes: dict[Route, tuple[str, ...]] = {}
+        self.stores = {p.name: FromHost(place=p.name) for p in problem.topology.places if p.kind != "device"}
         self.stage = 0
         self.slots: dict[tuple[str, str], _Slots] = {}
         # (device, KV head) whose plane is there; those to be replayed are not.
@@ -300,8 +301,8 @@ class _Board:
         route = self.routes.get(piece.route)
         if route is None:
             route = self.routes[piece.route] = tuple(self.names[link] for link in piece.route)
-        if self.problem.topology.by_name[piece.source].kind != "device":
-            self._add(piece, piece.unit, slot, count, FromHost(place=piece.source), route)
+        if piece.source in self.stores:
+            self._add(piece, piece.unit, slot, count, self.stores[piece.source], route)
             return
         if piece.family == REPLICATED:
             self._add(piece, 0, 0, 1, FromPeer(device=piece.source, slot=0), route)

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 from anchortp.layout import ATTENTION, KV
 from anchortp.plan.placement import Placement, place
-from anchortp.plan.plan import PLANE, REPLICATED
+from anchortp.plan.plan import REPLICATED
 from anchortp.plan.problem import Problem
 
 _K = TypeVar("_K", bound=Hashable)
@@ -171,7 +171,9 @@ def _supply(problem: Problem, family: str, low: Mapping[str, int]) -> tuple[dict
             supply[holders] += 1
         for device in here:
             least[device] -= 1
-    return dict(supply), {device: max(0, least[device]) for device in problem.devices}
+    wanted = {device: max(0, least[device]) for device in problem.devices}
+    short = max(0, sum(wanted.values()) - sum(supply.values()))  # too many copies, which stay where they are
+    return dict(supply), {device: max(0, count - short) for device, count in wanted.items()}
 
 
 def _fill(count: int, least: Mapping[str, int], most: Mapping[str, int], price: Mapping[str, float]) -> float:
@@ -206,25 +208,23 @@ def _heads(problem: Problem, ways: _Ways) -> float:
     per_group: dict[int, int] = {}
     for (_, group), count in supply.items():
         per_group[group] = per_group.get(group, 0) + count
-    cost = {}
+    opens = {}  # the share of a copy that comes with each q head
+    for group, count in per_group.items() if has_kv else ():
+        copy = problem.copy_bytes(group)
+        for device in problem.devices:
+            if group not in problem.held[KV].get(device, ()):
+                opens[group, device] = ways.entry(device) * copy / max(1, min(count, high[device]))
+    cost, size = {}, problem.size(ATTENTION)
     for source, group in supply:
         for device in problem.devices:
             way = ways.from_stores[device] if not source else ways.from_device(source, device)
-            price = 0.0 if source == device else way * problem.size(ATTENTION)
-            if has_kv and group not in problem.held[KV].get(device, ()):
-                price += ways.entry(device) * _kv_bytes(problem, group) / max(1, min(per_group[group], high[device]))
-            cost[(source, group), device] = price
+            price = 0.0 if source == device else way * size
+            cost[(source, group), device] = price + opens.get((group, device), 0.0)
     total = transport(supply, low, high, cost)[1]
     for _ in problem.missing.get(KV, ()):
         dearer = (ways.from_stores[d] - ways.entry(d) for d in problem.devices)
         total += problem.size(KV) * max(0.0, min(dearer))
     return total
-
-
-def _kv_bytes(problem: Problem, head: int) -> int:
-    """What a further copy of a KV head must bring: weights, and its plane if any source has that."""
-    plane = problem.plane_bytes and (problem.planes_at or problem.holders(PLANE, head))
-    return problem.size(KV) + (problem.plane_bytes if plane else 0)
 
 
 def transport(

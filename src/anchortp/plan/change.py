@@ -6,15 +6,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from anchortp.errors import DoesNotFit
-from anchortp.layout import Layout, UnitCatalog
+from anchortp.layout import Layout, ModelUnits, UnitCatalog, empty_shard, initial_layout
 from anchortp.plan.bound import lower_bound
 from anchortp.plan.cost import predict
-from anchortp.plan.plan import Plan
+from anchortp.plan.plan import Plan, moves_between
 from anchortp.plan.policies import Policy, makespan
 from anchortp.plan.policies import units as sets_of_units
 from anchortp.plan.problem import Problem
 from anchortp.plan.rates import CHECKPOINT_BYTES_PER_S
 from anchortp.plan.topology import Topology, local
+
+
+def fill_plan(units: ModelUnits, devices: tuple[str, ...], speeds: Mapping[str, float] | None = None) -> Plan:
+    """The first load: from empty devices to the initial layout. Raises as `initial_layout` does."""
+    before = Layout(shards=tuple(empty_shard(device) for device in devices))
+    after = initial_layout(units, devices, speeds)
+    return Plan(
+        before=before,
+        after=after,
+        moves=moves_between(before, after, units),
+        lost_bytes=sum(units.num_units[family] * units.unit_bytes[family] for family in units.families),
+        reasons=(f"{len(devices)} empty device(s): every unit is loaded from the host",),
+    )
 
 
 def plan_change(

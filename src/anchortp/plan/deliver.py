@@ -11,19 +11,20 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from anchortp.layout import ATTENTION, KV
+from anchortp.layout import ATTENTION, EXPERT, KV
 from anchortp.plan.assemble import Piece
 from anchortp.plan.placement import Placement, Share
 from anchortp.plan.plan import PLANE, REPLICATED
 from anchortp.plan.problem import Problem
-from anchortp.plan.routing import Commodity, Portion, Routing, route_all
+from anchortp.plan.routing import Commodity, Portion, Routing, floor, route_all
 from anchortp.plan.topology import Route, TopologyError
 
 Kept = Mapping[str, Mapping[str, tuple[int, ...]]]  # family, device -> units in slot order
 
 GRAIN_BYTES = 4096  # a unit that comes in parts is cut at multiples of a page
+SURE = 0.05  # of a unit: what of a flow is too little for another one
 MAX_ROWS = 250  # of the programme that matches released units: it grows with their square
 
 
@@ -74,24 +75,47 @@ def deliver(problem: Problem, placement: Placement, give_up_s: float = math.inf)
     moving = [share for share in placement.shares if share.pool.released]
     if moving:
         items += _match_released(problem, items, lost, moving)
-    own = [item for item in items if item.device in item.sources]
-    items = [item for item in items if item.device not in item.sources]
+    items, kept = _without_own(problem, placement.kept, items)
     return Delivery(
         problem=problem,
         placement=placement,
-        kept=_with_own(problem, placement.kept, own),
+        kept=kept,
         items=tuple(items),
         routing=route_all(problem.network, to_commodities(problem, items, lost), give_up_s=give_up_s),
         replayed=tuple(replayed),
     )
 
 
-def _with_own(problem: Problem, kept: Kept, own: Sequence[Item]) -> Kept:
+def floor_s(problem: Problem, placement: Placement, prices: Sequence[float]) -> float:
+    """Seconds below which `deliver` cannot come, by these prices of the links."""
+    items, lost = items_and_lost(problem, placement)
+    commodities = to_commodities(problem, items, lost)
+    for share in placement.shares:
+        if share.pool.released:
+            commodities.append(_released_commodity(problem, "", (share,)))
+    return floor(problem.network, commodities, prices)
+
+
+def _without_own(problem: Problem, kept: Kept, items: Sequence[Item]) -> tuple[list[Item], Kept]:
+    """Items that really have to move; and what devices keep, with what they would give up but get back: a unit that
+    finds no better place, or one of which they were to drop a copy."""
     result = {family: dict(by_device) for family, by_device in kept.items()}
-    for item in own:
-        stay = {*result[item.family][item.device], *item.units}
-        result[item.family][item.device] = tuple(u for u in problem.slots[item.family][item.device] if u in stay)
-    return result
+    moving = []
+    for item in items:
+        own = _own(problem, item)
+        if own:
+            stay = {*result[item.family][item.device], *own}
+            result[item.family][item.device] = tuple(u for u in problem.slots[item.family][item.device] if u in stay)
+            item = replace(item, units=[unit for unit in item.units if unit not in own])
+        if item.units:
+            moving.append(item)
+    return moving, result
+
+
+def _own(problem: Problem, item: Item) -> set[int]:
+    if item.device in item.sources:
+        return set(item.units)
+    return problem.held[EXPERT][item.device].intersection(item.units) if item.family == EXPERT else set()
 
 
 def items_and_lost(problem: Problem, placement: Placement) -> tuple[list[Item], dict[str, int]]:
@@ -99,13 +123,14 @@ def items_and_lost(problem: Problem, placement: Placement) -> tuple[list[Item], 
     return _few_items(problem, placement)[0], _lost_wishes(problem, placement)
 
 
-def items_of(problem: Problem, placement: Placement) -> tuple[list[Item], list[int]]:
-    """What each device receives, and the KV heads to replay, without a look at any link."""
+def items_of(problem: Problem, placement: Placement) -> tuple[list[Item], Kept, list[int]]:
+    """What each device receives and keeps, and the KV heads to replay, without a look at any link."""
     items, replayed = _few_items(problem, placement)
     for share in placement.shares:
         if share.pool.released:
-            items += _follow(problem, share, {})
-    return [*items, *_lost_items(problem, placement)], replayed
+            items += _follow(problem, share, {}, 1, {})
+    items, kept = _without_own(problem, placement.kept, items)
+    return [*items, *_lost_items(problem, placement)], kept, replayed
 
 
 def fixed_pieces(problem: Problem, items: Sequence[Item]) -> list[Piece]:
@@ -206,6 +231,7 @@ def _match_released(
     for name, group in alike.items():
         commodities.append(_released_commodity(problem, name, group))
     routing = route_all(problem.network, commodities)
+    worth = _worth(problem, routing)
     flows: dict[str, list[Portion]] = {name: [] for name in alike}
     for portion in routing.portions:
         if portion.commodity in alike:
@@ -215,9 +241,20 @@ def _match_released(
         family = group[0].family
         for portion in flows[name]:
             left[family][portion.source, portion.device] += portion.num_bytes / problem.size(family)
-        for share in group:
-            found += _follow(problem, share, left[family])
+        for done, share in enumerate(group):
+            found += _follow(problem, share, left[family], len(group) - done, worth)
     return found
+
+
+def _worth(problem: Problem, routing: Routing) -> dict[tuple[str, str], float]:
+    """Per source and device: the price of the way there from the stores, if the flow goes another way."""
+    far, last = problem.network.cheapest(dict.fromkeys(problem.stores, 0.0), routing.prices)
+    worth: dict[tuple[str, str], float] = {}
+    for portion in routing.portions:
+        pair, usual = (portion.source, portion.device), problem.network.path(last, portion.device)
+        other = far[portion.device] if set(usual).isdisjoint(portion.route) else 0.0
+        worth[pair] = max(other, worth.get(pair, 0.0))
+    return worth
 
 
 def _alike(shares: Sequence[Share]) -> dict[str, list[Share]]:
@@ -246,8 +283,16 @@ def _released_commodity(problem: Problem, name: str, shares: Sequence[Share]) ->
     return Commodity(name=name, sources=sources, wishes=tuple((d, b) for d, b in wishes.items() if b))
 
 
-def _follow(problem: Problem, share: Share, left: dict[tuple[str, str], float]) -> list[Item]:
-    """Units of one pool to devices, by what is left of the flows (in units), the largest first."""
+def _follow(
+    problem: Problem,
+    share: Share,
+    left: dict[tuple[str, str], float],
+    num_shares: int,
+    worth: Mapping[tuple[str, str], float],
+) -> list[Item]:
+    """Units of one pool to devices, by what is left of the flows (in units) for this and the shares to come,
+    `num_shares` in all: first its part of each, then, rounded up, those that are `worth` most. (What a device could
+    have from a peer it can have from a store as well, but not the other way round.)"""
     need = {device: count for device, count in share.incoming.items() if count}
     pools = {source: list(units) for source, units in share.pool.released.items()}
     items = []
@@ -260,12 +305,13 @@ def _follow(problem: Problem, share: Share, left: dict[tuple[str, str], float]) 
         items.append(Item(share.family, device, units, sources))
 
     missing = list(share.pool.missing)
-    order = sorted(((s, d) for s, d in left if s in pools and d in need), key=lambda pair: -left[pair])
-    for source, device in order:
-        count = min(len(pools[source]), need[device], round(left[source, device]))
-        if count:
-            give(source, device, count)
-            left[source, device] -= count
+    pairs = [(s, d) for s, d in left if s in pools and d in need]
+    for part, up in ((num_shares, SURE), (1, 1 - SURE)):
+        for source, device in sorted(pairs, key=lambda pair: (0.0 if up == SURE else -worth[pair], -left[pair])):
+            count = min(len(pools[source]), need[device], int(left[source, device] / part + up))
+            if count > 0:
+                give(source, device, count)
+                left[source, device] -= count
     for source in ("", *pools):  # what rounding left over
         for device in need:
             count = min(len(pools[source] if source else missing), need[device])

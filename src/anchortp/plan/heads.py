@@ -76,7 +76,6 @@ class _Swaps:
 
     def __init__(self, problem: Problem, holder: Mapping[int, str]):
         self.problem, self.holder, self.stores = problem, holder, into(problem)
-        self.kv_size = problem.kv_bytes
 
     def improve(self, heads: dict[str, list[int]]) -> None:
         receivers = [device for device, mine in heads.items() if mine]
@@ -108,11 +107,9 @@ class _Swaps:
         for head in heads:
             source = self.holder.get(head)
             seconds += problem.size(ATTENTION) * (way(problem, source, device) if source else self.stores[device])
-        if self.kv_size:
-            there = problem.held[KV].get(device, frozenset())
-            for group in {self._group(head) for head in heads} - there:
-                near = [way(problem, source, device) for source in problem.holders(KV, group)]
-                seconds += self.kv_size * min([self.stores[device], *near])
+        for group in problem.kv_heads(set(heads)) - problem.held.get(KV, {}).get(device, frozenset()):
+            near = [way(problem, source, device) for source in problem.holders(KV, group)]
+            seconds += problem.copy_bytes(group) * min([self.stores[device], *near])
         return seconds
 
 

@@ -1,9 +1,9 @@
 """Small changes to a placement that balance allows: which odd unit could be received by another device instead.
 
-Used by the `makespan` policy. A change is one of three: a unit of one family goes to device b instead of a; the same,
-and a unit of another family goes to a instead of b; the q heads of one KV head go to b instead of a, in exchange for as
-many that b has and whose KV heads are at a. What it gains is estimated with the prices of the links: a byte that is
-delivered at b instead of a costs `far[a] - far[b]` less.
+Used by the `makespan` policy. A change is one of three: device b has a unit of one family more, and a one less; the
+same, and the other way round for a unit of another family or layer; the q heads of one KV head go to b instead of a, in
+exchange for as many of b's. What it gains is estimated with the prices of the links: a byte that is delivered at b
+instead of a costs `far[a] - far[b]` less, and one that a gives up saves what its receiver would pay from the stores.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from anchortp.layout import ATTENTION, EXPERT, KV
 from anchortp.plan.heads import kv_after
@@ -21,8 +22,9 @@ from anchortp.plan.problem import Problem
 
 @dataclass(frozen=True, slots=True)
 class Shift:
-    """One unit of `family`, now to be received by device `a`, is received by `b`. `which`: the share (its index),
-    or the q heads. `back`: q heads that `a` receives instead, from `b`."""
+    """Device `a` ends with one unit of `family` less, and `b` with one more. `which`: the share (its index), or the q
+    heads. `back`: q heads that `a` gets instead, from `b`. `is_open`: all layers together stay balanced, so that it can
+    be done alone."""
 
     family: str
     a: str
@@ -30,6 +32,7 @@ class Shift:
     which: tuple[int, ...]
     gain: float
     back: tuple[int, ...] = ()
+    is_open: bool = True
 
 
 Change = tuple[Shift, ...]
@@ -45,31 +48,63 @@ def changes(problem: Problem, placement: Placement, prices: Sequence[float], aim
     found: list[tuple[float, Change]] = [(swap.gain, (swap,)) for swap in look.exchanges() if swap.gain > 0]
     for (a, b), there in shifts.items():
         for shift in there:
-            if shift.gain > 0:
+            if shift.gain > 0 and shift.is_open:
                 found.append((shift.gain, (shift,)))
             for back in shifts.get((b, a), ()):
                 gain = shift.gain + back.gain
-                if back.family != shift.family and shift.gain > 0 and gain > 0:
+                if _go_together(shift, back) and shift.gain > 0 and gain > 0:
                     found.append((gain, (shift, back)))
     found.sort(key=lambda item: abs(item[0] - aim))
     return [change for _, change in found]
 
 
+def _go_together(shift: Shift, back: Shift) -> bool:
+    """Whether the second undoes what the first does to the widths, and nothing else of it."""
+    if shift.family == back.family:
+        return shift.family == EXPERT and shift.which != back.which
+    return shift.is_open and back.is_open
+
+
 def changed(problem: Problem, placement: Placement, change: Change) -> Placement:
     """The placement after the change; `placement` itself stays as it is."""
     for shift in change:
-        if shift.family == ATTENTION:
-            placement = _with_heads_moved(problem, placement, shift)
-        else:
-            share = placement.shares[shift.which[0]]
-            incoming = share.incoming | {
-                shift.a: share.incoming[shift.a] - 1,
-                shift.b: share.incoming[shift.b] + 1,
-            }
-            shares = list(placement.shares)
-            shares[shift.which[0]] = replace(share, incoming=incoming)
-            placement = replace(placement, shares=shares)
+        moved = _with_heads_moved if shift.family == ATTENTION else _with_unit_moved
+        placement = moved(problem, placement, shift)
     return placement
+
+
+def _with_unit_moved(problem: Problem, placement: Placement, shift: Shift) -> Placement:
+    """`a` receives one unit less, or, if it receives none, gives up one more; `b` keeps one that it gave up, if there
+    is one, or receives one more."""
+    family, at = shift.family, shift.which[0]
+    share, kept = placement.shares[at], placement.kept[family]
+    incoming, released = dict(share.incoming), {d: list(units) for d, units in share.pool.released.items()}
+    if incoming[shift.a]:
+        incoming[shift.a] -= 1
+    else:
+        unit = _sole_unit(problem, placement, at, shift.a)
+        assert unit is not None
+        released.setdefault(shift.a, []).append(unit)
+        kept = kept | {shift.a: tuple(u for u in kept[shift.a] if u != unit)}
+    if released.get(shift.b):
+        stay = {*kept[shift.b], released[shift.b].pop()}
+        kept = kept | {shift.b: tuple(u for u in problem.slots[family][shift.b] if u in stay)}
+    else:
+        incoming[shift.b] += 1
+    pool = replace(share.pool, released={d: units for d, units in released.items() if units})
+    shares = list(placement.shares)
+    shares[at] = replace(share, pool=pool, incoming=incoming)
+    return replace(placement, shares=shares, kept=placement.kept | {family: kept})
+
+
+def _sole_unit(problem: Problem, placement: Placement, at: int, device: str) -> int | None:
+    """The last unit of a share that the device keeps and no other device of the group does."""
+    family = placement.shares[at].family
+    per_group = problem.units.num_units[family] // problem.units.num_groups(family)
+    group = sum(share.family == family for share in placement.shares[:at])
+    others = [units for d, units in placement.kept[family].items() if d != device]
+    mine = (u for u in reversed(placement.kept[family][device]) if u // per_group == group)
+    return next((u for u in mine if not any(u in units for units in others)), None)
 
 
 def _with_heads_moved(problem: Problem, placement: Placement, shift: Shift) -> Placement:
@@ -86,8 +121,12 @@ def _with_heads_moved(problem: Problem, placement: Placement, shift: Shift) -> P
     )
 
 
-def _can_shift(share: Share, a: str, b: str) -> bool:
-    return share.incoming[a] > share.least[a] and share.incoming[b] < share.most[b]
+_State = tuple[bool, bool, bool, bool]  # whether a device receives, gives up, may have one less, one more
+
+
+def _state(share: Share, device: str) -> _State:
+    width, gives = share.width(device), bool(share.pool.released.get(device))
+    return share.incoming[device] > 0, gives, width > share.low[device], width < share.high[device]
 
 
 class _Look:
@@ -97,6 +136,7 @@ class _Look:
         self.problem, self.placement, self.prices = problem, placement, prices
         self._trees: dict[tuple[str, ...], Mapping[str, float]] = {}
         self._kv: dict[tuple[int, str], float] = {}
+        self.from_stores = {device: self.far(problem.stores, device) for device in problem.devices}
 
     def far(self, sources: tuple[str, ...], device: str) -> float:
         """Seconds per byte from the nearest of `sources`."""
@@ -144,24 +184,56 @@ class _Look:
                 yield from self._unit_shifts(family)
 
     def _unit_shifts(self, family: str) -> Iterator[Shift]:
+        """Per pair of devices one shift for each thing that a share can do about it. (Shares in which all devices are
+        in the same state can do the same.)"""
         shares = [(i, share) for i, share in enumerate(self.placement.shares) if share.family == family]
         givers, takers = self._open_ends(family, [share for _, share in shares])
-        size, stores = self.problem.size(family), self.problem.stores
-        for a in givers:
-            for b in takers:
-                gain = size * (self.far(stores, a) - self.far(stores, b))
-                if a != b and gain:
-                    which = next((i for i, share in shares if _can_shift(share, a, b)), None)
-                    if which is not None:
-                        yield Shift(family, a, b, (which,), gain)
+        size, states = self.problem.size(family), set()
+        seen: set[tuple[str, str, _State, _State]] = set()
+        for i, share in shares:
+            state = {device: _state(share, device) for device in self.problem.devices}
+            if (key := tuple(state.values())) in states:
+                continue
+            states.add(key)
+            fewer, more = self._fewer(i, share, state), self._more(share, state)
+            for a, b in product(fewer, more):
+                gain = size * (fewer[a] - more[b])
+                if a != b and gain and (a, b, state[a], state[b]) not in seen:
+                    seen.add((a, b, state[a], state[b]))
+                    yield Shift(family, a, b, (i,), gain, is_open=a in givers and b in takers)
+
+    def _fewer(self, at: int, share: Share, state: Mapping[str, _State]) -> dict[str, float]:
+        """Seconds per byte that are saved if a device has one unit less."""
+        saved = {}
+        for device, (receives, _, can_less, _) in state.items():
+            if can_less and receives:
+                saved[device] = self.from_stores[device]
+            elif can_less and _sole_unit(self.problem, self.placement, at, device) is not None:
+                worth = self._as_source(share, device)
+                saved |= {device: worth} if worth else {}
+        return saved
+
+    def _more(self, share: Share, state: Mapping[str, _State]) -> dict[str, float]:
+        """Seconds per byte that it costs if a device has one unit more."""
+        return {
+            device: self._as_source(share, device) if gives else self.from_stores[device]
+            for device, (_, gives, _, can_more) in state.items()
+            if can_more
+        }
+
+    def _as_source(self, share: Share, device: str) -> float:
+        """What a unit that the device gives up saves who would receive it from a store else."""
+        sources = (device, *self.problem.stores)
+        return max(
+            (self.from_stores[d] - self.far(sources, d) for d, count in share.incoming.items() if count), default=0.0
+        )
 
     def _open_ends(self, family: str, shares: list[Share]) -> tuple[list[str], list[str]]:
         """Devices that may end with one unit less, and with one more, over all layers together."""
-        problem, placement = self.problem, self.placement
         if family != EXPERT:
-            return list(problem.devices), list(problem.devices)
-        width = {d: len(placement.kept[family][d]) + sum(s.incoming[d] for s in shares) for d in problem.devices}
-        low, high = problem.total_bounds(family, placement.sizes(family))
+            return list(self.problem.devices), list(self.problem.devices)
+        width = {d: sum(share.width(d) for share in shares) for d in self.problem.devices}
+        low, high = self.problem.total_bounds(family, self.placement.sizes(family))
         return [d for d in width if width[d] > low[d]], [d for d in width if width[d] < high[d]]
 
     def _head_shifts(self) -> Iterator[Shift]:
@@ -180,22 +252,31 @@ class _Look:
                                 yield Shift(ATTENTION, a, b, (heads[0],), gain)
 
     def exchanges(self) -> Iterator[Shift]:
-        """The q heads for which alone `a` needs a copy of a KV head, for as many that `b` has and whose KV heads are,
-        or come, to `a` anyway."""
-        held = self.problem.held.get(KV, {})
+        """The q heads for which alone `a` needs a copy of a KV head, for as many that `b` has: such whose KV heads are,
+        or come, to `a` anyway, or such that `b` receives with a KV head too."""
         mine = {device: self.mine(device) for device in self.problem.devices}
         for a in mine:
             for group in self.placement.kv[a]:
-                given = mine[a][group]
-                there = {*held.get(a, ()), *self.placement.kv[a]} - {group}
-                before = self.kv(group, a) + sum(self.head(head, a) for head in given)
                 for b in mine:
-                    back = [head for g, heads in mine[b].items() if g in there for head in heads][: len(given)]
-                    if a != b and len(back) == len(given):
-                        gain = before - sum(self.head(head, b) for head in given) - self._taken(back, a, b)
-                        gain -= 0.0 if group in mine[b] else self.kv(group, b)
-                        yield Shift(ATTENTION, a, b, tuple(given), gain, tuple(back))
+                    if a != b:
+                        for back in self._backs(mine, a, b, group):
+                            yield self._exchange(mine, a, b, group, back)
 
-    def _taken(self, back: Sequence[int], a: str, b: str) -> float:
-        """What it costs that `a` receives these q heads, and `b` does not have them."""
-        return sum(self.head(head, a) - self.head(head, b) for head in back)
+    def _backs(self, mine: Mapping[str, Mapping[int, list[int]]], a: str, b: str, group: int) -> Iterator[list[int]]:
+        count = len(mine[a][group])
+        there = {*self.problem.held.get(KV, {}).get(a, ()), *self.placement.kv[a]} - {group}
+        candidates = [[head for g, heads in mine[b].items() if g in there for head in heads]]
+        candidates += [mine[b][g] for g in self.placement.kv[b] if g not in there and g != group]
+        return (heads[:count] for heads in candidates if len(heads) >= count)
+
+    def _exchange(
+        self, mine: Mapping[str, Mapping[int, list[int]]], a: str, b: str, group: int, back: list[int]
+    ) -> Shift:
+        given, there = mine[a][group], {*self.problem.held.get(KV, {}).get(a, ()), *self.placement.kv[a]}
+        gain = self.kv(group, a) - (0.0 if group in mine[b] else self.kv(group, b))
+        gain += sum(self.head(head, a) - self.head(head, b) for head in given)
+        gain += sum(self.head(head, b) - self.head(head, a) for head in back)
+        for g in {self.problem.kv_head_of(head) for head in back}:
+            gain += self.kv(g, b) if set(mine[b][g]) <= set(back) else 0.0
+            gain -= 0.0 if g in there else self.kv(g, a)
+        return Shift(ATTENTION, a, b, tuple(given), gain, tuple(back))

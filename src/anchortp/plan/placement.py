@@ -17,7 +17,7 @@ from anchortp.layout import ATTENTION, EXPERT, KV
 from anchortp.plan.heads import kv_after, place_heads
 from anchortp.plan.loads import Load
 from anchortp.plan.problem import Problem
-from anchortp.plan.retain import Pool, by_group, copies_of, drop_copies, retain
+from anchortp.plan.retain import Pool, by_group, copies_of, drop_copies, num_sole, retain
 
 Widths = Mapping[tuple[str, int], Mapping[str, int]]  # (family, index of the group) -> device -> units
 
@@ -37,6 +37,10 @@ class Share:
     least: dict[str, int]
     most: dict[str, int]
     incoming: dict[str, int]
+
+    def width(self, device: str) -> int:
+        """Units that the device has when all is done."""
+        return self.held[device] - len(self.pool.released.get(device, ())) + self.incoming[device]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,9 +100,13 @@ def _shares(problem: Problem, family: str, widths: Widths) -> tuple[dict[str, tu
         gone |= drop_copies(problem, held, pool, copies)
         size = sum(map(len, held.values())) + len(pool)
         low, high = problem.bounds(size)
+        if copies is not None:  # copies are not passed on
+            low = {d: max(low[d], min(high[d], len(held[d]) - num_sole(held[d], copies))) for d in problem.devices}
         wanted = widths.get((family, at))
         count = {device: len(units) for device, units in held.items()}
         gone |= retain(problem, held, pool, copies, *((wanted, wanted) if wanted else (low, high)))
+        left = {device: len(units) for device, units in held.items()}
+        least = {d: max(0, low[d] - left[d]) for d in problem.devices}
         share = Share(
             family=family,
             size=size,
@@ -106,9 +114,9 @@ def _shares(problem: Problem, family: str, widths: Widths) -> tuple[dict[str, tu
             low=low,
             high=high,
             pool=pool,
-            least={d: max(0, low[d] - len(held[d])) for d in problem.devices},
-            most={d: max(0, high[d] - len(held[d])) for d in problem.devices},
-            incoming={d: max(0, (wanted or low)[d] - len(held[d])) for d in problem.devices},
+            least=least,
+            most={d: max(0, high[d] - left[d]) for d in problem.devices},
+            incoming={d: max(0, wanted[d] - left[d]) for d in problem.devices} if wanted else dict(least),
         )
         shares.append(share)
     kept = {d: slots.get(d, ()) for d in problem.devices}
@@ -162,13 +170,13 @@ def _spread_remainders(
 
 def _spread(problem: Problem, share: Share, load: Load, width: dict[str, int] | None) -> None:
     size, incoming = problem.size(share.family), share.incoming
-
-    def cost(device: str) -> tuple[float, tuple[float, float]]:
-        rank = (width[device] + 1) / problem.speed(device) if width is not None else 0.0
-        return rank, load.done_with(device, size)
-
     for _ in range(len(share.pool) - sum(incoming.values())):
-        best = min((d for d in problem.devices if incoming[d] < share.most[d]), key=cost)
+        open_to = [d for d in problem.devices if incoming[d] < share.most[d]]
+        if width is not None:
+            rank = {d: (width[d] + 1) / problem.speed(d) for d in open_to}
+            least = min(rank.values())
+            open_to = [d for d in open_to if rank[d] == least]
+        best = open_to[0] if len(open_to) == 1 else min(open_to, key=lambda d: load.done_with(d, size))
         incoming[best] += 1
         load.add(best, size)
         if width is not None:

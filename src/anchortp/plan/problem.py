@@ -64,6 +64,12 @@ class Problem:
             if name not in known:
                 places = ", ".join(known)
                 raise ConfigError(f"{name!r} is not in topology {self.topology.name!r}, which has {places}.")
+        for name in (*self.stores, *self.planes_at):
+            if known[name].kind not in ("host", "disk"):
+                stores = ", ".join(place.name for place in known.values() if place.kind in ("host", "disk"))
+                raise ConfigError(
+                    f"{name!r} is a {known[name].kind}; weights and mirrors are read from a host or disk: {stores}."
+                )
         for name in self.lost:
             if name in self.devices or name not in self.before.devices:
                 raise ConfigError(f"{name!r} cannot be lost: it must be in the old layout and not in the new one.")
@@ -126,10 +132,13 @@ class Problem:
     @cached_property
     def missing(self) -> dict[str, tuple[int, ...]]:
         """Per family, ascending: units that no living device holds."""
-        return {
-            family: tuple(sorted(set(range(self.units.num_units[family])).difference(*held.values())))
-            for family, held in self.held.items()
-        }
+        found = {}
+        for family, slots in self.slots.items():
+            left = set(range(self.units.num_units[family]))
+            for units in slots.values():
+                left.difference_update(units)
+            found[family] = tuple(sorted(left))
+        return found
 
     def holders(self, family: str, unit: int) -> tuple[str, ...]:
         """Living devices that hold the unit (a plane: its KV head), in rank order."""
@@ -191,7 +200,7 @@ class Problem:
         return {d: (r + 1) * total // n - r * total // n for r, d in enumerate(self.devices)}
 
     def speed(self, device: str) -> float:
-        return (self.speeds or {}).get(device, 1.0)
+        return self.speeds.get(device, 1.0) if self.speeds else 1.0
 
     def total_bounds(self, family: str, sizes: Sequence[int] | None = None) -> Bounds:
         """As `bounds`, for all groups of a family together. `sizes`: units per group, if some have copies.
@@ -241,6 +250,11 @@ class Problem:
 
     def kv_heads(self, q_heads: frozenset[int] | set[int]) -> set[int]:
         return {self.units.kv_head_of(q) for q in q_heads} if KV in self.families else set()
+
+    def copy_bytes(self, kv_head: int) -> int:
+        """What a further copy of this KV head must bring: weights, and its plane if any source has that."""
+        plane = self.plane_bytes and (self.planes_at or self.holders(PLANE, kv_head))
+        return self.size(KV) + (self.plane_bytes if plane else 0)
 
     @property
     def kv_bytes(self) -> int:

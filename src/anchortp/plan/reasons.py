@@ -28,16 +28,15 @@ def reasons(problem: Problem, kept: Kept, pieces: Sequence[Piece]) -> tuple[str,
 
 
 def _lost(problem: Problem, pieces: Sequence[Piece]) -> Iterator[str]:
-    for family in problem.families:
-        missing = problem.missing[family]
-        if missing:
-            lost = set(missing)
-            got: Counter[str] = Counter()
-            for piece in pieces:
-                if piece.family == family and piece.first_byte == 0:
-                    got[piece.device] += sum(u in lost for u in range(piece.unit, piece.unit + piece.count))
-            spread = ", ".join(f"{device} +{got[device]}" for device in problem.devices if got[device])
-            yield f"{family}: {len(missing)} unit(s) had no other holder, read from a store: {spread}"
+    lost = {family: set(units) for family, units in problem.missing.items() if units}
+    got: Counter[tuple[str, str]] = Counter()
+    for piece in pieces:  # each is lost as a whole or not at all
+        if piece.first_byte == 0 and piece.unit in lost.get(piece.family, ()):
+            got[piece.family, piece.device] += piece.count
+    for family, units in lost.items():
+        devices = (device for device in problem.devices if got[family, device])
+        spread = ", ".join(f"{device} +{got[family, device]}" for device in devices)
+        yield f"{family}: {len(units)} unit(s) had no other holder, read from a store: {spread}"
 
 
 def _moved(problem: Problem, kept: Kept) -> Iterator[str]:

@@ -64,11 +64,12 @@ def copies_of(problem: Problem, family: str) -> Counter[int] | None:
 def drop_copies(
     problem: Problem, held: dict[str, list[int]], pool: Pool, copies: Counter[int] | None
 ) -> set[tuple[str, int]]:
-    """Takes copies off devices above their most while there are any. Returns them as (device, unit)."""
+    """Takes copies off devices above their most while there are any, and where others could not reach their least
+    otherwise (a copy is not passed on). Returns them as (device, unit)."""
     dropped: set[tuple[str, int]] = set()
     while copies is not None:
-        _, high = problem.bounds(sum(map(len, held.values())) + len(pool))
-        spare = _spare_copy(problem, held, high, copies)
+        low, high = problem.bounds(sum(map(len, held.values())) + len(pool))
+        spare = _spare_copy(problem, held, high, copies) or _stuck_copy(held, pool, low, copies)
         if spare is None:
             break
         held[spare[0]].remove(spare[1])
@@ -88,14 +89,17 @@ def retain(
     """Shortens the lists in `held` until all widths between `low` and `high` are in reach; fills `pool` with what is
     given up. Returns that as (device, unit)."""
     dropped: set[tuple[str, int]] = set()
-    short = sum(max(0, low[d] - len(units)) for d, units in held.items()) - len(pool)
+    short = -len(pool)
     for device, units in held.items():
-        over = len(units) - high[device]
-        for _ in range(over):
+        count = len(units)
+        for _ in range(count - high[device]):
             _release(device, units, pool, copies, dropped)
-        short -= max(0, over)
+        if count < low[device]:
+            short += low[device] - count
+        elif count > high[device]:
+            short -= count - high[device]
     for _ in range(short):
-        open_to = [d for d in held if len(held[d]) > low[d]]
+        open_to = [d for d in held if len(held[d]) > low[d] and num_sole(held[d], copies)]
         giver = min(open_to, key=lambda d: (way_out(problem, d), -len(held[d]) / problem.speed(d)))
         _release(giver, held[giver], pool, copies, dropped)
     return dropped
@@ -112,6 +116,23 @@ def _spare_copy(
                 if copies[unit] > 1:
                     return device, unit
     return None
+
+
+def _stuck_copy(
+    held: Mapping[str, list[int]], pool: Pool, low: Mapping[str, int], copies: Counter[int]
+) -> tuple[str, int] | None:
+    """A copy on the fullest device above its least, if what such devices hold alone is not enough for the others."""
+    wanted = sum(max(0, low[d] - len(units)) for d, units in held.items()) - len(pool)
+    above = {d: units for d, units in held.items() if len(units) > low[d]}
+    if wanted <= sum(min(len(units) - low[d], num_sole(units, copies)) for d, units in above.items()):
+        return None
+    device = max((d for d in above if num_sole(held[d], copies) < len(held[d])), key=lambda d: len(held[d]) - low[d])
+    return device, next(unit for unit in reversed(held[device]) if copies[unit] > 1)
+
+
+def num_sole(units: Sequence[int], copies: Mapping[int, int] | None) -> int:
+    """How many of the units no other device of the new group holds."""
+    return len(units) if copies is None else sum(copies[unit] == 1 for unit in units)
 
 
 def way_out(problem: Problem, device: str) -> float:

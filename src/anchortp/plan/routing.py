@@ -98,11 +98,23 @@ def route_all(
     # Where all bytes must pass one link, as they do on a shared bus, nothing is to be gained, and no numpy is loaded.
     full = max((x for x, t in enumerate(times) if t > seconds * (1 - _TINY)), key=loads.__getitem__)
     prices = tuple(s if x == full else 0.0 for x, s in enumerate(network.seconds_per_byte))
-    bound_s = sum(_least(c, network.cheapest({s: 0.0 for s, _ in c.sources}, prices)[0]) for c in commodities)
+    bound_s = floor(network, commodities, prices)
     if seconds <= bound_s * (1 + gap) or bound_s >= give_up_s:
         portions = tuple(column.portion(num_bytes) for column, num_bytes in start)
         return Routing(portions=portions, seconds=seconds, bound_s=bound_s, prices=prices)
     return _Simplex(network, commodities, start, seconds, room or {}).solve(gap, give_up_s / seconds)
+
+
+def floor(network: Topology, commodities: Sequence[Commodity], prices: Sequence[float]) -> float:
+    """Seconds below which no split can come, by these prices (as those of a `Routing`), limits of sources aside."""
+    far: dict[tuple[str, ...], Mapping[str, float]] = {}
+    paid = 0.0
+    for commodity in commodities:
+        sources = tuple(source for source, _ in commodity.sources)
+        if sources not in far:
+            far[sources], _ = network.cheapest(dict.fromkeys(sources, 0.0), prices)
+        paid += _least(commodity, far[sources])
+    return paid
 
 
 class NoRoom(Exception):

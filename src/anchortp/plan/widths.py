@@ -20,22 +20,30 @@ from anchortp.plan.problem import Problem
 from anchortp.plan.retain import Pool
 from anchortp.plan.routing import Commodity, NoRoom, Routing, route_all
 
+MANY_ROWS = 1000  # as MAX_ROWS, where the plan is far from the bound
+
 Widths = dict[tuple[str, int], dict[str, int]]  # (family, index of the group) -> device -> units
 
 
-def best_widths(problem: Problem, placement: Placement) -> tuple[Widths, tuple[float, ...]] | None:
+def best_widths(
+    problem: Problem, placement: Placement, *, thorough: bool = False
+) -> tuple[Widths, tuple[float, ...]] | None:
     """Widths for all groups in which a living device gives up units in `placement`, q heads included, chosen so that
     the fullest link would be least full if units could be split; and the prices of the links then. None if there are
-    none, or too many devices for it to be worth the time."""
-    heads = [_head_share(problem, placement)] if placement.head_holder else []
+    none, or too many devices for it to be worth the time.
+
+    `thorough`: for all groups, since it can be worth it that a device passes units on though it need not; and layers
+    that differ stay apart, even if that takes far longer."""
+    max_rows = MANY_ROWS if thorough else MAX_ROWS
+    heads = [_head_share(problem, placement)] if placement.head_holder or thorough else []
     index: dict[str, int] = {}
     moving: list[tuple[int, Share]] = []
     for share in (*placement.shares, *heads):
         at = index[share.family] = index.get(share.family, -1) + 1
-        if share.pool.released:
+        if share.pool.released or thorough:
             moving.append((at, share))
-    names = _alike(problem, moving)
-    if not names or len(names) * 3 * len(problem.devices) > MAX_ROWS:
+    names = _alike(problem, moving, max_rows)
+    if not names or len(names) * 3 * len(problem.devices) > max_rows:
         return None
     routing = _route(problem, placement, names, list(index), bool(heads))
     extra: dict[str, dict[str, float]] = {name: {} for name in names}
@@ -112,14 +120,14 @@ def _weight(problem: Problem, placement: Placement, family: str) -> int:
     return problem.size(ATTENTION) + copies * problem.kv_bytes // max(1, moved)
 
 
-def _alike(problem: Problem, moving: Sequence[tuple[int, Share]]) -> dict[str, list[tuple[int, Share]]]:
-    """Groups of one family and the same numbers are one commodity. If that makes too many, each family is."""
+def _alike(problem: Problem, moving: Sequence[tuple[int, Share]], max_rows: int) -> dict[str, list[tuple[int, Share]]]:
+    """Groups of one family and the same numbers are one commodity. If that makes too many rows, each family is."""
     found: dict[tuple[object, ...], list[tuple[int, Share]]] = {}
     for at, share in moving:
         leaving = tuple((d, len(u)) for d, u in share.pool.released.items() if d not in problem.devices)
         key = (share.family, share.size, tuple(share.held.values()), len(share.pool.missing), leaving)
         found.setdefault(key, []).append((at, share))
-    if len(found) * 3 * len(problem.devices) > MAX_ROWS:
+    if len(found) * 3 * len(problem.devices) > max_rows:
         found = {}
         for at, share in moving:
             found.setdefault((share.family,), []).append((at, share))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from anchortp.layout import EXPERT
 from anchortp.plan.assemble import assemble
 from anchortp.plan.bound import LARGE, lower_bound, price_bound, sizes_of
-from anchortp.plan.deliver import Delivery, deliver
+from anchortp.plan.deliver import Delivery, deliver, floor_s
 from anchortp.plan.improve import changed, changes
 from anchortp.plan.loads import into
 from anchortp.plan.placement import interval_heads, place
@@ -20,7 +20,7 @@ from anchortp.plan.widths import best_widths
 NEAR = 2e-3  # relative distance to the bound at which the search stops
 FAR = 1.02  # times the bound from which on more is tried, and another cut of the heads
 WORTH = 1 - 1e-4  # a change must bring the time down to this part of it
-MAX_WORK = 6 * 8**2  # placements that are tried, times what one costs: about the square of the number of devices,
+MAX_WORK = 3 * 8**2  # placements that are tried, times what one costs: about the square of the number of devices,
 UNITS_PER_WORK = 30  # and a bit for each expert; where units are many and small, odd ones matter less anyway
 
 
@@ -32,9 +32,10 @@ def makespan(problem: Problem) -> Plan:
     1. `placement.py` decides who receives how much; only the odd unit is open to choice.
     2. `deliver.py` and `routing.py` split the bytes over replicas, released copies, stores and routes: exact.
     3. The prices of the links that come with it bound what *any* plan can reach (`bound.py`). If that is near, done.
-    4. Else odd units are shifted from devices that are dear to reach to cheap ones, alone or in exchange for one of
-       another size, and q heads are exchanged so that devices need fewer KV heads (`improve.py`): first what by the
-       prices would just close the gap. What helps is kept.
+    4. If it is more than 2 % away, the widths of all families and layers are chosen anew by the links (`widths.py`).
+    5. Odd units are shifted from devices that are dear to reach to cheap ones, alone or in exchange for one of
+       another size or layer; devices give up one more unit if that is a source worth having; and q heads are exchanged
+       (`improve.py`): first what by the prices would just close the gap. What helps is kept.
 
     Source: this project; the programme of step 2 is the maximum concurrent flow problem (Shahrokhi and Matula
     1990), the bound of step 3 its dual.
@@ -85,8 +86,10 @@ def _search(problem: Problem) -> _Best:
     best = _Best(delivery, bound.seconds, bound.why)
     if prices and not best.is_near:
         best.raise_bound(price_bound(problem, prices, sizes), "by the prices of the links")
+    if best.seconds > best.bound_s * FAR:
+        best.delivery = _with_all_widths(problem, best.delivery)
     cost = len(problem.devices) ** 2 + problem.units.num_units.get(EXPERT, 0) // UNITS_PER_WORK
-    tries = MAX_WORK // cost * (4 if best.seconds > best.bound_s * FAR else 1)
+    tries = MAX_WORK // cost * (8 if best.seconds > best.bound_s * FAR else 1)
     while not best.is_near and tries > 0:
         best.raise_bound(price_bound(problem, best.delivery.routing.prices, sizes), "by the prices of the links")
         spent = tries if best.is_near else _step(problem, best, tries)
@@ -110,6 +113,13 @@ def _delivery(problem: Problem) -> tuple[Delivery, Sequence[float]]:
     return _with_intervals(problem, best) if best.placement.head_holder else best, prices
 
 
+def _with_all_widths(problem: Problem, best: Delivery) -> Delivery:
+    found = best_widths(problem, best.placement, thorough=True)
+    if found is None:
+        return best
+    return _sooner(best, deliver(problem, place(problem, into(problem), found[0]), best.routing.seconds))
+
+
 def _with_intervals(problem: Problem, best: Delivery) -> Delivery:
     """The same with the q heads in intervals, if that is sooner; hardly where more KV heads would have to be copied,
     and not worth a look where each head is a small part."""
@@ -130,8 +140,10 @@ def _step(problem: Problem, best: _Best, tries: int) -> int:
     prices = best.delivery.routing.prices
     placement, aim = best.delivery.placement, best.seconds - best.bound_s
     for spent, change in enumerate(changes(problem, placement, prices, aim)[:tries], 1):
-        delivery = deliver(problem, changed(problem, placement, change), best.seconds * WORTH)
-        if delivery.routing.seconds < best.seconds * WORTH:
-            best.delivery = delivery
-            return spent
+        other, enough_s = changed(problem, placement, change), best.seconds * WORTH
+        if floor_s(problem, other, prices) < enough_s:
+            delivery = deliver(problem, other, enough_s)
+            if delivery.routing.seconds < enough_s:
+                best.delivery = delivery
+                return spent
     return tries

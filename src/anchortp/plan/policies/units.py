@@ -18,14 +18,14 @@ def units(problem: Problem) -> Plan:
     least that any planner can read, and does not look at links: on links that differ it waits for the slowest.
     """
     placement = place(problem, dict.fromkeys(problem.devices, 1.0))
-    items, replayed = items_of(problem, placement)
+    items, kept, replayed = items_of(problem, placement)
     stores = tuple(
         Item(i.family, i.device, i.units, _holders(problem, i) if i.family == PLANE else problem.stores) for i in items
     )
     return assemble(
         problem,
         policy="units",
-        kept=placement.kept,
+        kept=kept,
         pieces=fixed_pieces(problem, stores),
         replayed=replayed,
         reasons=("what survives stays where it is; what is lost is spread evenly and read from the nearest store",),
