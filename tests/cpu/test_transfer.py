@@ -252,7 +252,7 @@ def test_a_source_that_never_returns_ends_the_load_and_is_reported(bench, monkey
     def stuck(name):
         source = opened(name)
         if name == "cpu:1":
-            source.read = lambda chunk, out, stopped: release.wait(30)
+            source.read = lambda chunk, out, stopped: release.wait(30) and None
         return source
 
     object.__setattr__(load._hooks, "open_source", stuck)

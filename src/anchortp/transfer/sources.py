@@ -17,7 +17,8 @@ from torch import Tensor
 from anchortp.arena import IntervalSet, MemfdArena
 from anchortp.errors import StateError
 from anchortp.layout import ReplicatedTensor, UnitTensor
-from anchortp.transfer.checkpoint import Checkpoint, fill
+from anchortp.transfer.checkpoint import Checkpoint
+from anchortp.transfer.checksum import PIECE_BYTES, digest, fill_summed
 from anchortp.transfer.packed import PackedWeights
 from anchortp.transfer.work import Chunk
 
@@ -33,9 +34,12 @@ class Stopped(Exception):
 class Source(Protocol):
     """Holds the bytes of chunks. Several threads read at once."""
 
-    def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> None:
+    def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> list[int] | None:
         """Fills `out` (uint8, the chunk's bytes). Where it waits for something it asks `stopped`, and raises
-        Stopped; it writes nothing into `out` after it has returned or raised."""
+        Stopped; it writes nothing into `out` after it has returned or raised.
+
+        Returns the digests of the chunk's segments, if it took them from `out` on the way, where the bytes were still
+        in the cache."""
         ...
 
     def check_unchanged(self) -> None:
@@ -60,13 +64,30 @@ class HostSource:
         self._dtype: torch.dtype = getattr(torch, config.dtype)
         self._row_bytes = config.hidden_size * config.dtype_bytes
 
-    def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> None:
+    def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> list[int] | None:
         tensor = chunk.region.tensor
         if isinstance(tensor, ReplicatedTensor):
             self._checkpoint.read_replicated(tensor, chunk.region.copy, out.view(self._dtype).view(tensor.shape))
-            return
-        if self._packed is not None and self._packed.read(chunk, out):
-            return
+            return None
+        if self._packed is not None and (digests := self._packed.read(chunk, out)):
+            return digests
+        return self._read_rows(tensor, chunk, out)
+
+    def _read_rows(self, tensor: UnitTensor, chunk: Chunk, out: Tensor) -> list[int] | None:
+        # Columns that become rows are read many at a time, and are not in the cache afterwards.
+        piece_bytes = PIECE_BYTES if tensor.parts[0].axis == 0 else chunk.num_bytes
+        view, digests = memoryview(out.numpy()), []
+        for piece in chunk.pieces(piece_bytes):
+            start, stop = piece[0].start - chunk.start, piece[-1].stop - chunk.start
+            rows = out[start:stop].view(self._dtype).view(-1, self._units.config.hidden_size)
+            first_row = (piece[0].index - chunk.region.first_segment) * chunk.region.segment_bytes // self._row_bytes
+            self._checkpoint.read_rows(tensor, chunk.region.copy, piece[0].unit, first_row, rows)
+            digests += [digest(view[s.start - chunk.start : s.stop - chunk.start]) for s in piece]
+        if not digests:
+            self._read_part(tensor, chunk, out)
+        return digests or None
+
+    def _read_part(self, tensor: UnitTensor, chunk: Chunk, out: Tensor) -> None:
         first_row, num_rows, skipped = self._rows(tensor, chunk)
         if num_rows * self._row_bytes == chunk.num_bytes:
             rows = out.view(self._dtype).view(num_rows, -1)
@@ -114,9 +135,10 @@ class PeerSource:
         self._is_gone = is_gone
         self._on_close = on_close
 
-    def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> None:
-        fill(self._arena.fd, chunk.source_start, [memoryview(out.numpy())])
+    def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> list[int] | None:
+        digests = fill_summed(self._arena.fd, chunk.source_start, chunk, memoryview(out.numpy()))
         self.check_unchanged()
+        return digests
 
     def check_unchanged(self) -> None:
         if self._is_gone():
