@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from anchortp.arena import IntervalSet, MemfdArena
+from anchortp.arena.intervals import Range
 from anchortp.errors import StateError
 from anchortp.layout import ReplicatedTensor, UnitTensor
 from anchortp.transfer.checkpoint import Checkpoint
@@ -152,7 +154,7 @@ class PeerSource:
 
 
 class Destination:
-    """This device's weights arena. `buffer`: 1-D uint8, a mapping of all of it."""
+    """One of this device's arenas. `buffer`: 1-D uint8, a mapping of all of it."""
 
     def __init__(self, arena: MemfdArena, buffer: Tensor):
         self._arena = arena
@@ -171,6 +173,20 @@ class Destination:
         page = self._buffer.data_ptr() + start & -4096
         # Where the kernel is too old for it, pages are mapped one by one as they are written.
         _libc.madvise(page, self._buffer.data_ptr() + stop - page, MADV_POPULATE_READ)
+
+    def prepare_by_and_by(self, ranges: Sequence[Range], num_steps: int) -> Callable[[], None]:
+        """Prepares a share of the ranges each time that it is called, all of them in `num_steps` calls."""
+        each, left = -(-len(ranges) // num_steps), deque(ranges)
+
+        def step() -> None:
+            for _ in range(each):
+                try:
+                    start, stop = left.popleft()
+                except IndexError:  # that was all, or another thread took it
+                    return
+                self.prepare(start, stop)
+
+        return step
 
     def tensor(self, start: int, stop: int) -> Tensor:
         return self._buffer[start:stop]
