@@ -24,7 +24,7 @@ from anchortp.transfer.checksum import PIECE_BYTES, digest, fill_summed
 from anchortp.transfer.packed import PackedWeights
 from anchortp.transfer.work import Chunk
 
-MADV_POPULATE_READ = 22  # Linux 5.14; maps the pages that are there, many at a time
+MADV_POPULATE_WRITE = 23  # Linux 5.14; maps pages to be written to, many at a time, and leaves their bytes
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
@@ -172,7 +172,9 @@ class Destination:
         self._arena.allocate(start, stop)
         page = self._buffer.data_ptr() + start & -4096
         # Where the kernel is too old for it, pages are mapped one by one as they are written.
-        _libc.madvise(page, self._buffer.data_ptr() + stop - page, MADV_POPULATE_READ)
+        # Measured, CPU time of 128 MB with the copy: 79 ms; with MADV_POPULATE_READ 101, fallocate alone 88, page by
+        # page 95, mapped for writing without fallocate 93.
+        _libc.madvise(page, self._buffer.data_ptr() + stop - page, MADV_POPULATE_WRITE)
 
     def prepare_by_and_by(self, ranges: Sequence[Range], num_steps: int) -> Callable[[], None]:
         """Prepares a share of the ranges each time that it is called, all of them in `num_steps` calls."""
