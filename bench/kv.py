@@ -4,6 +4,7 @@
 
 - `loss`: 16 streams with 1,000 tokens of context each; a device that holds the only copy of a KV head is lost at
   4→3. Time until every stream has spoken again, with the mirror and without, run by run in turn.
+- `switch`: a device leaves and comes back while as many streams speak: how long no step runs at each switch.
 - `healthy`: decode throughput with the mirror against without: two servers side by side, one of them idle at any
   time, bursts in turn.
 - `restart`: `kill -9` of the server while anchors stay (warm), against `kill -9` of everything (cold): time from the
@@ -44,6 +45,7 @@ START_TIMEOUT_S = 300.0
 VICTIM = "cpu:0"  # at 4 devices and 3 KV heads, the only holder of KV head 0
 PIECES_BEFORE_FAULT = 8
 PIECES_AFTER_FAULT = 24
+BEHIND_STEPS = ("attaching", "making room", "reserving", "loading", "ready")  # the phases of a change while steps run
 
 
 def main() -> None:
@@ -53,10 +55,10 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=4)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--context", type=int, default=1000)
-    parser.add_argument("--parts", default="loss,healthy,restart,eviction")
+    parser.add_argument("--parts", default="loss,switch,healthy,restart,eviction")
     options = parser.parse_args()
     folder = resolve_folder(options.model)
-    parts = {"loss": loss, "healthy": healthy, "restart": restart, "eviction": eviction}
+    parts = {"loss": loss, "switch": switch, "healthy": healthy, "restart": restart, "eviction": eviction}
     result: dict[str, Any] = {"benchmark": "kv", "options": vars(options), "conditions": conditions()}
     with Progress(console=console()) as bars:
         for name in options.parts.split(","):
@@ -155,6 +157,63 @@ def gap_across(stream: Stream, fault_s: float) -> float:
     """The longest gap between two pieces of a stream from the fault on (prefills of the start left out)."""
     times = [t for t in stream.times_s if t <= fault_s][-1:] + [t for t in stream.times_s if t > fault_s]
     return max(b - a for a, b in itertools.pairwise(times))
+
+
+def switch(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    runtime_dir = private_tmp("bench")
+    try:
+        with served(runtime_dir, arguments_of(folder, options, "off"), timeout_s=START_TIMEOUT_S, quiet=True) as (
+            url,
+            _,
+        ):
+            wishes = [{"remove": [VICTIM]}, {"add": [VICTIM]}] * options.runs
+            runs = [switch_once(url, folder, options, wish, seed) for seed, wish in enumerate(wishes)]
+    finally:
+        shutil.rmtree(runtime_dir, ignore_errors=True)
+    keys = ("pause_s", "worst_gap_s", "usual_gap_s", "pause_steps")
+    return {
+        "runs": runs,
+        "summary": {
+            kind: {key: spread([run[key] for run in runs if run["kind"] == kind]) for key in keys}
+            for kind in ("remove", "add")
+        },
+        "failed": sum(run["failed"] for run in runs),
+    }
+
+
+def switch_once(url: str, folder: Path, options: argparse.Namespace, wish: dict[str, Any], seed: int) -> dict[str, Any]:
+    streams = make_streams(folder, options, 200, seed)
+
+    async def play() -> tuple[float, dict[str, Any]]:
+        async with http_client(url) as client:
+            speaking = asyncio.gather(*(s.run(client) for s in streams))
+            while min(len(s.times_s) for s in streams) < PIECES_BEFORE_FAULT:
+                await asyncio.sleep(0.002)
+            asked_s = time.monotonic()
+            change_id = (await client.post("/devices", json=wish)).json()["change_id"]
+            episode: dict[str, Any] = {}
+            while not episode.get("outcome"):
+                await asyncio.sleep(0.05)
+                changes = (await client.get("/devices")).json()["changes"]
+                episode = next((c for c in changes if c["change_id"] == change_id), {})
+            await speaking
+        return asked_s, episode
+
+    asked_s, episode = asyncio.run(play())
+    assert episode["outcome"] == "serving", episode
+    usual_s = statistics.median(b - a for s in streams for a, b in itertools.pairwise(s.times_s))
+    phases = episode["phases"]
+    pause_s = sum(seconds for name, seconds in phases.items() if name not in BEHIND_STEPS)
+    return {
+        "kind": next(iter(wish)),
+        "pause_s": pause_s,
+        "usual_gap_s": usual_s,
+        "pause_steps": pause_s / usual_s,
+        "worst_gap_s": max(gap_across(s, asked_s) for s in streams),
+        "phases_s": phases,
+        "bytes": episode["bytes"],
+        "failed": sum(not s.finished for s in streams),
+    }
 
 
 def healthy(folder: Path, options: argparse.Namespace, rounds: int = 9, num_tokens: int = 48) -> dict[str, Any]:

@@ -4,11 +4,13 @@
 
 A model with the layer shapes of Qwen3-8B and random weights is made once. Each device is a process with a memfd
 arena; a plan of the policy is carried out by the executor (`anchortp.transfer`), stage by stage, all devices at once,
-sums checked. Then the arenas are brought back to where they were. The floor is the same run's: lost bytes over the
-bytes that two threads copy from warm memory to warm memory. Where other work runs on the machine, CPU time says more:
-that of all devices, over what one thread needs to copy the lost bytes. Destinations are reserved (their pages
-allocated) before the clock starts, as a recovery reserves before it moves; `--cold-pages` has the executor allocate
-them in the load.
+sums checked. Then the arenas are brought back to where they were. Weights are laid out and kept packed as the engine
+does by default.
+
+The floor is the same run's, and in turn with the loads: lost bytes over the bytes per second that `--threads` threads
+copy from warm memory to warm memory. Destinations are mapped before the clock starts; with `--cold-pages` the load has
+to allocate their pages, as a recovery must, and is compared with memcpy into fresh pages of a memfd as well. Where
+other work runs on the machine, CPU time says more: that of all devices, over what one thread needs to copy the bytes.
 
 The last line on stdout is one JSON document.
 """
@@ -23,7 +25,7 @@ import statistics
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -32,7 +34,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from anchortp.arena import MemfdArena
-from anchortp.config import load_model_config
+from anchortp.config import load_model_config, reads_panels
 from anchortp.layout import ModelUnits, Shard, WeightAddresses, empty_shard, initial_layout, model_units
 from anchortp.plan import POLICIES, FromHost, FromPeer, Move, Plan, Problem, local
 from anchortp.plan.plan import REPLICATED
@@ -231,9 +233,9 @@ class Worker:
 class Machine:
     """Devices as processes. Owns their arenas; knows what each slot holds."""
 
-    def __init__(self, folder: Path, num_devices: int, num_movers: int):
+    def __init__(self, folder: Path, num_devices: int, num_movers: int, panels: bool):
         self.folder = folder
-        self.units = model_units(load_model_config(folder))
+        self.units = model_units(replace(load_model_config(folder), panels=panels))
         self.num_movers = num_movers
         self.addresses = WeightAddresses(units=self.units)
         self.devices = tuple(f"cpu:{i}" for i in range(num_devices))
@@ -385,7 +387,7 @@ class Machine:
 
 
 class Memcpy:
-    """What two threads copy per second, from warm memory to warm memory."""
+    """What threads copy per second, from warm memory to warm memory."""
 
     def __init__(self, num_bytes: int = 1 << 30):
         self._source = torch.ones(num_bytes, dtype=torch.uint8)
@@ -396,10 +398,16 @@ class Memcpy:
         self._target.copy_(self._source)
         return self._source.numel() / (time.thread_time() - began_s)
 
-    def bytes_per_s(self, num_threads: int) -> float:
+    def fresh_bytes_per_s(self, num_threads: int) -> float:
+        """Into pages of a memfd that nobody has touched."""
+        with MemfdArena.create("floor", self._source.numel()) as arena:
+            return self.bytes_per_s(num_threads, torch.frombuffer(arena.map(), dtype=torch.uint8))
+
+    def bytes_per_s(self, num_threads: int, target: torch.Tensor | None = None) -> float:
+        target = self._target if target is None else target
         size = self._source.numel() // num_threads
         parts = [slice(i * size, (i + 1) * size) for i in range(num_threads)]
-        copies = [threading.Thread(target=self._target[p].copy_, args=(self._source[p],)) for p in parts]
+        copies = [threading.Thread(target=target[p].copy_, args=(self._source[p],)) for p in parts]
         began_s = time.perf_counter()
         for thread in copies:
             thread.start()
@@ -425,10 +433,13 @@ def measure(machine: Machine, lost: Sequence[int], args: argparse.Namespace, mem
     compared = plans(machine, lost)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in compared}
     speeds: list[float] = []
+    fresh_speeds: list[float] = []
     cpu_speeds: list[float] = []
     for _ in range(args.repeats):
         for name, plan in compared.items():
             speeds.append(memcpy.bytes_per_s(args.threads))
+            if name == OURS:
+                fresh_speeds.append(memcpy.fresh_bytes_per_s(args.threads))
             cpu_speeds.append(memcpy.bytes_per_cpu_s())
             times[name].append(machine.carry_out(plan, cold=args.cold_pages))
     floor_speed = statistics.median(speeds)
@@ -452,6 +463,8 @@ def measure(machine: Machine, lost: Sequence[int], args: argparse.Namespace, mem
                 "cpu_ratio": cpu_s / (lost_bytes / statistics.median(cpu_speeds)),
                 "bytes_per_s": (plan.loaded_bytes + plan.copied_bytes) / median_s,
                 "memcpy_bytes_per_s": floor_speed,
+                "fresh_ratio": median_s / (lost_bytes / statistics.median(fresh_speeds)),
+                "fresh_memcpy_bytes_per_s": statistics.median(fresh_speeds),
             }
         )
     return rows
@@ -520,6 +533,7 @@ def show(results: dict) -> None:
             "stages",
             "seconds",
             "over floor",
+            "over memcpy into fresh pages",
             "CPU over memcpy's",
         ):
             table.add_column(column, justify="left" if column == "policy" else "right")
@@ -532,6 +546,7 @@ def show(results: dict) -> None:
                 str(row["stages"]),
                 f"{row['seconds']['median']:.3f}",
                 f"{row['ratio']:.2f}",
+                f"{row['fresh_ratio']:.2f}",
                 f"{row['cpu_ratio']:.2f}",
             )
         out.print(table)
@@ -570,6 +585,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the floor's memcpy")
     parser.add_argument("--cold-pages", action="store_true", help="allocate the destinations' pages in the load")
     parser.add_argument("--unpacked", action="store_true", help="read everything from the checkpoint itself")
+    parser.add_argument("--weights", choices=("auto", "plain"), default="auto", help="as of `anchortp serve`")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--tiny", action="store_true", help="a model of a few megabytes: does the benchmark run?")
     args = parser.parse_args(argv)
@@ -582,11 +598,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     memcpy = Memcpy(32 << 20 if args.tiny else 512 << 20)
     results: dict = {"bench": "transfer", "conditions": conditions(), "args": vars(args) | {"dir": "", "plot": ""}}
     results["changes"] = {}
+    panels = args.weights == "auto" and reads_panels()
     for num_devices in dict.fromkeys(n for n, _ in CHANGES.values()):
-        machine = Machine(folder, num_devices, args.movers)
+        machine = Machine(folder, num_devices, args.movers, panels)
         try:
             if not args.unpacked:
-                results.setdefault("pack_s", []).append(machine.pack(folder / "packed"))
+                results.setdefault("pack_s", []).append(
+                    machine.pack(folder / f"packed-{'panels' if panels else 'plain'}")
+                )
             for change, (size, lost) in CHANGES.items():
                 if size == num_devices:
                     results["changes"][change] = measure(machine, lost, args, memcpy)

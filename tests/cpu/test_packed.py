@@ -9,6 +9,7 @@ import torch
 
 from anchortp.layout import empty_shard, initial_layout
 from anchortp.transfer import sources, work
+from anchortp.transfer.checksum import digest
 from anchortp.transfer.executor import Loaded
 from anchortp.transfer.packed import PackedWeights, Packer, is_packed
 from anchortp.transfer.sources import HostSource
@@ -53,7 +54,12 @@ def reads(bench, packed):
     arena, found = bench.arena("cpu:0"), []
     for chunk in bench.geometry.chunks(everything):
         out = torch.zeros(chunk.num_bytes, dtype=torch.uint8)
-        came = packed.read(chunk, out)
+        digests = packed.read(chunk, out)
+        came = digests is not None
+        assert digests in (
+            None,
+            [digest(memoryview(out.numpy())[s.start - chunk.start :][: s.stop - s.start]) for s in chunk.segments()],
+        )
         assert came == (came and is_packed(bench.units, chunk.region))
         if is_packed(bench.units, chunk.region):
             found.append(came)

@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 
+from anchortp.arena import MemfdArena
 from anchortp.engine.scheduler import ScheduledSeq
 from anchortp.errors import GroupAborted
 from anchortp.layout import FAMILIES, empty_shard, initial_layout
@@ -21,6 +22,7 @@ from anchortp.transfer.checksum import sum_key
 from anchortp.transfer.executor import Loaded
 from anchortp.transfer.faulty import Fault
 from anchortp.transfer.queue import Failure
+from anchortp.transfer.sources import Destination
 from anchortp.transfer.work import HOST
 from tests.cpu.transfer_tools import Bench, moves_from
 from tests.tiny_model import Oracle, write_model
@@ -252,7 +254,7 @@ def test_a_source_that_never_returns_ends_the_load_and_is_reported(bench, monkey
     def stuck(name):
         source = opened(name)
         if name == "cpu:1":
-            source.read = lambda chunk, out, stopped: release.wait(30)
+            source.read = lambda chunk, out, stopped: release.wait(30) and None
         return source
 
     object.__setattr__(load._hooks, "open_source", stuck)
@@ -419,3 +421,30 @@ def test_the_decoder_asks_before_each_layer_and_a_refusal_ends_the_step(folder):
 
     with pytest.raises(GroupAborted):
         oracle._decoder.forward(batch, oracle, refuse)
+
+
+def test_pages_are_made_ready_by_and_by_and_bytes_that_are_there_stay():
+    page = 4096
+    with MemfdArena.create("kv", 64 * page) as arena:
+        buffer = torch.frombuffer(arena.map(), dtype=torch.uint8)
+        buffer[7 * page] = 5
+        ranges = [
+            (2 * page, 4 * page),
+            (7 * page + 10, 7 * page + 20),
+            (9 * page, 9 * page + 1),
+            (30 * page, 31 * page),
+        ]
+        step = Destination(arena, buffer).prepare_by_and_by(ranges, 3)
+        committed = []
+        for _ in range(3):
+            step()
+            committed.append(arena.committed_bytes() // page)
+        assert committed == [3, 5, 5]  # two ranges at a time, one of which was there
+        step()
+        assert arena.committed_bytes() == 5 * page and buffer[7 * page] == 5
+        assert arena.committed_ranges() == [
+            (2 * page, 4 * page),
+            (7 * page, 8 * page),
+            (9 * page, 10 * page),
+            (30 * page, 31 * page),
+        ]

@@ -5,7 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from anchortp.arena import IntervalSet, MemfdArena, round_down, round_up
+from anchortp.config import load_model_config
 from anchortp.devices import parse_device
 from anchortp.engine import messages as m
 from anchortp.engine import worker as worker_module
@@ -13,6 +16,8 @@ from anchortp.engine.accelerator import Accelerator
 from anchortp.engine.faults import FaultProbe, Strike, fired_strikes
 from anchortp.engine.worker import Worker
 from anchortp.errors import ChannelClosed, ChannelTimeout
+from anchortp.layout import KV, KVAddresses, empty_shard
+from tests.tiny_model import write_model
 
 
 class Channel:
@@ -92,3 +97,27 @@ def test_expert_load_goes_along_every_so_often(monkeypatch):
     now_s += worker_module.EXPERT_LOAD_EVERY_S
     assert [worker._expert_load(decoder) for _ in range(2)] == [b"second", b""]
     assert worker._expert_load(SimpleNamespace(moe=None)) == b""
+
+
+def test_pages_of_the_blocks_that_will_come_are_made_ready_and_no_others(tmp_path):
+    config = load_model_config(write_model(tmp_path / "model"))
+    kv = KVAddresses(config=config, block_size=1024, num_blocks=8)
+    blocks, before, after = [1, 2, 5], empty_shard("cpu:0"), empty_shard("cpu:0").appended(KV, [1])
+    with MemfdArena.create("kv", kv.reserved_bytes) as arena:
+        worker, _ = worker_of(Anchor())
+        worker._assignment.kv = kv
+        worker._refreshed.add("kv")
+        worker._arenas["kv"] = (arena, torch.frombuffer(arena.map(), dtype=torch.uint8))
+        step = worker._pages_ahead(before, after, blocks, 2)
+        step()
+        assert arena.committed_bytes() > 0
+        step()
+        wanted = IntervalSet(
+            (round_down(start), round_up(stop))
+            for block in blocks
+            for start, stop in kv.slot_ranges(0, 1, block, block + 1)
+        )
+        assert arena.committed_ranges() == list(wanted)
+        worker._pages_ahead(after, after, blocks, 2)()
+        assert arena.committed_ranges() == list(wanted), "no plane is new"
+        assert not torch.frombuffer(arena.map(), dtype=torch.uint8).any()

@@ -214,6 +214,10 @@ class KVKeeper:
         )
         self._send(command.device, order)
 
+    def occupied(self) -> list[int]:
+        """The blocks that hold something."""
+        return self._pool.occupied()
+
     def _mirrored_blocks(self) -> list[tuple[int, int]]:
         if self._mirror is None:
             return []

@@ -80,6 +80,7 @@ class LoadUnits(_Message):
     `sums`: what units (`transfer.checksum.sum_key`) must add up to, where that is known. `pace`: 1.0 is as fast as
     possible; less is the share of the time in which bytes may move, in small bites, while steps are computed.
     It cancels an older load (as LeaveEpoch does), which is then not answered. `ticket` comes back in answers.
+    `kv_blocks`: blocks that planes of the new KV heads will be given later; their pages are made ready on the way.
     """
 
     epoch: int
@@ -90,6 +91,7 @@ class LoadUnits(_Message):
     sums: dict[str, str] = {}
     pace: float = 1.0
     ticket: int = 0
+    kv_blocks: list[int] = []
 
 
 class CancelLoad(_Message):

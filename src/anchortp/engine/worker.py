@@ -20,7 +20,7 @@ from pathlib import Path
 import msgspec
 import torch
 
-from anchortp.arena import MemfdArena
+from anchortp.arena import IntervalSet, MemfdArena
 from anchortp.comm import Group, ShmRegion
 from anchortp.config import load_model_config
 from anchortp.devices import Device, parse_device
@@ -44,6 +44,7 @@ from anchortp.layout import (
     KVAddresses,
     Layout,
     ModelUnits,
+    Shard,
     WeightAddresses,
     empty_shard,
     model_units,
@@ -276,16 +277,23 @@ class Worker:
         a = self._assigned()
         before, after = shard_from_dict(a.device, order.before), shard_from_dict(a.device, order.after)
         moves = complete(a.geometry, a.device, before, after, [_move(a.device, p) for p in order.pieces], order.fresh)
+        chunks = a.geometry.chunks(moves)
         buffer = self._mapped(WEIGHTS_ARENA)
+        pages_ahead = self._pages_ahead(before, after, order.kv_blocks, len(chunks))
+
+        def before_chunk() -> None:
+            a.probe.at("load")
+            pages_ahead()
+
         hooks = Hooks(
             open_source=self._source,
             on_progress=lambda progress: self._send_progress(order, progress),
             on_end=lambda result: self._load_ended(order, result),
-            before_chunk=(lambda: a.probe.at("load")) if a.probe else (lambda: None),
+            before_chunk=before_chunk,
         )
         self._load = Load(
             a.geometry,
-            a.geometry.chunks(moves),
+            chunks,
             _destination(self._arenas[WEIGHTS_ARENA][0], buffer),
             hooks,
             expected=order.sums,
@@ -294,6 +302,19 @@ class Worker:
         )
         self._load_ticket = order.ticket
         self._load.start()
+
+    def _pages_ahead(self, before: Shard, after: Shard, blocks: Sequence[int], num_steps: int) -> Callable[[], None]:
+        """Makes pages ready for the KV planes that come at the switch, a few at each call: there the kernel would take
+        longer for them than the copy takes."""
+        first, last = len(before[KV]), len(after[KV])
+        if first == last or not (blocks and num_steps):
+            return lambda: None
+        buffer, arena = self._mapped(KV_ARENA), self._arenas[KV_ARENA][0]
+        if not isinstance(arena, MemfdArena):
+            return lambda: None  # what is committed there has its pages
+        runs = IntervalSet((block, block + 1) for block in blocks)
+        ranges = [r for start, stop in runs for r in self._assigned().kv.slot_ranges(first, last, start, stop)]
+        return Destination(arena, buffer).prepare_by_and_by(ranges, num_steps)
 
     def _send_progress(self, order: m.LoadUnits, progress: Progress) -> None:
         """[a thread of the load] A controller that is gone or does not read is the main thread's to notice."""

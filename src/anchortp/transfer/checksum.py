@@ -7,14 +7,17 @@ judged as soon as it is there, while it is still in the cache, and a load can te
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 
 import xxhash
 
 from anchortp.arena.intervals import IntervalSet
+from anchortp.transfer.checkpoint import fill
 from anchortp.transfer.work import Chunk, Geometry, Segment
 
 DIGITS = 16  # hex digits of one segment
+# What is read before it is summed: it and its source stay in the L2 cache together.
+PIECE_BYTES = 512 << 10
 
 
 def sum_key(family: str, unit: int) -> str:
@@ -22,14 +25,22 @@ def sum_key(family: str, unit: int) -> str:
     return f"{family}:{unit}"
 
 
-def digest(data: memoryview) -> str:
-    """xxh3_64 in hex."""
-    return xxhash.xxh3_64_hexdigest(data)
-
-
-def digest_value(data: memoryview) -> int:
-    """xxh3_64 as a number other than 0, which stands for nothing."""
+def digest(data: memoryview) -> int:
+    """xxh3_64, but never 0, which stands for nothing."""
     return xxhash.xxh3_64_intdigest(data) or 1
+
+
+def fill_summed(fd: int, start: int, chunk: Chunk, view: memoryview) -> list[int] | None:
+    """Fills `view` (the chunk's bytes) from `start` of a file on. Returns the digests of its segments, taken on the
+    way; None if it is a part of one. Raises CheckpointError if the file ends."""
+    digests = []
+    for piece in chunk.pieces(PIECE_BYTES):
+        first, last = piece[0].start - chunk.start, piece[-1].stop - chunk.start
+        fill(fd, start + first, [view[first:last]])
+        digests += [digest(view[s.start - chunk.start : s.stop - chunk.start]) for s in piece]
+    if not digests:
+        fill(fd, start, [view])
+    return digests or None
 
 
 class SumBook:
@@ -38,22 +49,23 @@ class SumBook:
     `expected`: sums by `sum_key` (any may be missing); one that is not of this model's shape counts as missing.
     """
 
-    def __init__(self, geometry: Geometry, chunks: Iterable[Chunk], expected: Mapping[str, str]):
+    def __init__(self, geometry: Geometry, chunks: Sequence[Chunk], expected: Mapping[str, str]):
         self._geometry = geometry
         self._expected = expected
-        self._digests: dict[tuple[str, int, int], dict[int, str]] = defaultdict(dict)  # by family, unit and slot
+        self._digests: dict[tuple[str, int, int], dict[int, int]] = defaultdict(dict)  # by family, unit and slot
         self._parts: dict[int, IntervalSet] = defaultdict(IntervalSet)  # by the start of a segment that comes in parts
         self._brings: dict[int, set[int]] = defaultdict(set)  # the chunks that bring a segment, by its start
         self._missing = [set[int]() for _ in range(geometry.num_positions)]  # starts of segments, by position
+        self._segments = [chunk.segments() for chunk in chunks]
         for index, chunk in enumerate(chunks):
-            for segment in geometry.segments(chunk):
+            for segment in self._segments[index]:
                 self._brings[segment.start].add(index)
                 self._missing[chunk.position].add(segment.start)
         self._num_missing = sum(map(len, self._missing))
 
-    def arrived(self, chunk: Chunk) -> list[Segment]:
-        """The chunk's bytes are there: the segments that are whole by now."""
-        segments = list(self._geometry.segments(chunk))
+    def arrived(self, index: int, chunk: Chunk) -> list[Segment]:
+        """The bytes of the `index`-th chunk are there: the segments that are whole by now."""
+        segments = self._segments[index]
         if segments[0].start >= chunk.start and segments[-1].stop <= chunk.stop:
             return segments
         (segment,) = segments  # chunks are cut so
@@ -61,19 +73,20 @@ class SumBook:
         parts.add(chunk.start, min(chunk.stop, segment.stop))
         return segments if parts.total == segment.stop - segment.start else []
 
-    def expected(self, segment: Segment) -> str | None:
+    def expected(self, segment: Segment) -> int | None:
         """What the segment should add up to, if that is known."""
         known = self._expected.get(sum_key(segment.family, segment.unit), "")
         if len(known) != DIGITS * self._geometry.num_segments[segment.family]:
             return None
-        return known[segment.index * DIGITS : (segment.index + 1) * DIGITS]
+        return int(known[segment.index * DIGITS : (segment.index + 1) * DIGITS], 16)
 
-    def accept(self, chunk: Chunk, digests: Mapping[Segment, str]) -> None:
+    def accept(self, chunk: Chunk, digests: Mapping[Segment, int]) -> None:
         """These segments, which the chunk made whole, are right."""
+        missing = self._missing[chunk.position]
         for segment, found in digests.items():
             self._digests[segment.family, segment.unit, segment.slot][segment.index] = found
-            self._num_missing -= segment.start in self._missing[chunk.position]
-            self._missing[chunk.position].discard(segment.start)
+            self._num_missing -= segment.start in missing
+            missing.discard(segment.start)
 
     def reject(self, segment: Segment) -> set[int]:
         """The segment is wrong; returns the chunks (their numbers) that have to bring it again."""
@@ -95,5 +108,5 @@ class SumBook:
         for (family, unit, _), digests in self._digests.items():
             count = self._geometry.num_segments[family]
             if len(digests) == count:
-                found[sum_key(family, unit)] = "".join(digests[index] for index in range(count))
+                found[sum_key(family, unit)] = "".join(f"{digests[index]:016x}" for index in range(count))
         return found

@@ -279,7 +279,8 @@ class Load:
             source = self._source(flight.source)
             if flight.source == HOST:
                 self._prefetch(source)
-            source.read(chunk, self._destination.tensor(chunk.start, chunk.stop), lambda: stop.asked_s is not None)
+            out = self._destination.tensor(chunk.start, chunk.stop)
+            digests = source.read(chunk, out, lambda: stop.asked_s is not None)
         except Stopped:
             self._failed(flight, f"{chunk}: {flight.source or 'the host'} did not answer in time")
         except (OSError, AnchorTPError) as error:
@@ -289,7 +290,7 @@ class Load:
             traceback.print_exc()
             self._failed(flight, f"{chunk}: {error!r}", fatal=True)
         else:
-            self._check(flight, source)
+            self._check(flight, source, digests)
 
     def _failed(self, flight: Flight, reason: str, *, gone: bool = False, fatal: bool = False) -> None:
         with self._changed:
@@ -299,15 +300,16 @@ class Load:
                 self._give_up(reason)
             self._wake_all()
 
-    def _check(self, flight: Flight, source: Source) -> None:
-        """The bytes have arrived; are they right?"""
+    def _check(self, flight: Flight, source: Source, digests: Sequence[int] | None) -> None:
+        """The bytes have arrived; are they right? `digests`: of the chunk's segments, if they were taken already."""
         chunk = flight.chunk
         with self._changed:
             del self._stops[flight.key]
             self._queue.finish(flight, time.monotonic())
-            whole = self._book.arrived(chunk)
-        # Hot in the cache, so this costs a small part of the copy.
-        found = {segment: digest(self._destination.view(segment.start, segment.stop)) for segment in whole}
+            whole = self._book.arrived(flight.index, chunk)
+        if digests is None:
+            digests = [digest(self._destination.view(segment.start, segment.stop)) for segment in whole]
+        found = dict(zip(whole, digests, strict=True))
         wanted = {segment: self._book.expected(segment) for segment in whole}
         wrong = {s: _wrong_sum(flight) for s, value in wanted.items() if value not in (None, found[s])}
         if None in wanted.values():

@@ -44,11 +44,10 @@ class FaultySource:
         self._given_bytes = 0
         self.fired = 0
 
-    def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> None:
+    def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> list[int] | None:
         at = self._strike(chunk.num_bytes)
         if at is None:
-            self._inner.read(chunk, out, stopped)
-            return
+            return self._inner.read(chunk, out, stopped)
         match self._fault.kind:
             case "error":
                 raise OSError(errno.EIO, "injected")
@@ -66,6 +65,7 @@ class FaultySource:
             case "corrupt":
                 self._inner.read(chunk, out, stopped)
                 out[at] ^= 1
+        return None
 
     def _strike(self, num_bytes: int) -> int | None:
         """The byte of this read that is struck, if any."""

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from anchortp.errors import CheckpointError
 from anchortp.layout import ModelUnits, ReplicatedTensor, Shard
-from anchortp.transfer.checkpoint import fill, is_cached
-from anchortp.transfer.checksum import digest_value
+from anchortp.transfer.checkpoint import is_cached
+from anchortp.transfer.checksum import digest, fill_summed
 from anchortp.transfer.work import Chunk, Geometry, Region
 
 PACE = 0.1  # share of the time in which a worker that serves fills the file
@@ -64,22 +64,22 @@ class PackedWeights:
             raise
         self._table = memoryview(self._map).cast("Q")
 
-    def read(self, chunk: Chunk, out: Tensor) -> bool:
-        """Fills `out` (uint8, the chunk's bytes), if all of them are here and right."""
+    def read(self, chunk: Chunk, out: Tensor) -> list[int] | None:
+        """Fills `out` (uint8, the chunk's bytes), if all of them are here and right: then it returns the digests of
+        the chunk's segments."""
         numbers = self._numbers(chunk)
         if not numbers or not all(self._table[number] for number in numbers):
-            return False
-        view = memoryview(out.numpy())
+            return None
+        start = self._at(chunk.region, chunk.unit) + chunk.first_byte
         try:
-            fill(self._fd, self._at(chunk.region, chunk.unit) + chunk.first_byte, [view])
+            digests = fill_summed(self._fd, start, chunk, memoryview(out.numpy()))
         except (CheckpointError, OSError):
-            return False
-        for number, segment in zip(numbers, self._geometry.segments(chunk), strict=True):
-            found = digest_value(view[segment.start - chunk.start : segment.stop - chunk.start])
-            if self._table[number] != found:
-                self._table[number] = 0
-                return False
-        return True
+            return None
+        assert digests is not None, "only whole segments are kept here"
+        wrong = [n for n, found in zip(numbers, digests, strict=True) if self._table[n] != found]
+        for number in wrong:
+            self._table[number] = 0
+        return None if wrong else digests
 
     def has(self, chunk: Chunk) -> bool:
         """Whether `read` would find the chunk, as far as the table says."""
@@ -100,7 +100,7 @@ class PackedWeights:
         start, done = self._at(region, unit) + index * region.segment_bytes, 0
         while done < len(data):
             done += os.pwrite(self._fd, data[done:], start + done)
-        self._table[number] = digest_value(data)
+        self._table[number] = digest(data)
 
     def close(self) -> None:
         if self._fd >= 0:
@@ -114,7 +114,7 @@ class PackedWeights:
         region = chunk.region
         first, rest = divmod(chunk.first_byte, region.segment_bytes)
         num_blocks, end = divmod(chunk.first_byte + chunk.num_bytes, region.block_bytes)
-        if not is_packed(self._geometry.units, region) or rest or end % region.segment_bytes:
+        if rest or end % region.segment_bytes or (region.tensor.key, region.copy) not in self._bases:
             return range(0)
         start = self._first_number(region, chunk.unit)
         return range(start + first, start + num_blocks * region.num_segments + end // region.segment_bytes)

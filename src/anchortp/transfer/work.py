@@ -76,6 +76,33 @@ class Chunk:
     def position(self) -> int:
         return self.region.position
 
+    def segments(self) -> list[Segment]:
+        """All segments that it touches, of which the first and the last may reach beyond it."""
+        region, found = self.region, []
+        block, family, size = self.start - self.first_byte, region.family, region.segment_bytes
+        for unit in range(self.unit, self.unit + self.num_units):
+            block_stop = block + region.block_bytes
+            begin = max(0, self.start - block) // size
+            slot = self.slot + unit - self.unit
+            for index, start in enumerate(range(block + begin * size, min(block_stop, self.stop), size), begin):
+                stop = min(start + size, block_stop)
+                found.append(Segment(family, unit, slot, region.first_segment + index, start, stop))
+            block = block_stop
+        return found
+
+    def pieces(self, num_bytes: int) -> Iterator[list[Segment]]:
+        """Its segments in runs of up to `num_bytes`, or of one; nothing if it is a part of a segment."""
+        segments = self.segments()
+        if segments[0].start < self.start or segments[-1].stop > self.stop:
+            return
+        piece: list[Segment] = []
+        for segment in segments:
+            if piece and segment.stop - piece[0].start > num_bytes:
+                yield piece
+                piece = []
+            piece.append(segment)
+        yield piece
+
     def __str__(self) -> str:
         units = f"{self.unit}" if self.num_units == 1 else f"{self.unit} to {self.unit + self.num_units - 1}"
         return f"{self.region.tensor.key} (copy {self.region.copy}) of {self.region.family} {units}"
@@ -154,18 +181,6 @@ class Geometry:
         if isinstance(region.tensor, ReplicatedTensor):
             return self.addresses.offset(region.tensor.key, region.copy)
         return self.addresses.block(region.tensor, region.copy, slot)[0]
-
-    def segments(self, chunk: Chunk) -> Iterator[Segment]:
-        """All segments that a chunk touches, of which the first and the last may reach beyond it."""
-        region = chunk.region
-        for number in range(chunk.num_units):
-            block = chunk.start - chunk.first_byte + number * region.block_bytes
-            for index in range(region.num_segments):
-                start = block + index * region.segment_bytes
-                stop = min(start + region.segment_bytes, block + region.block_bytes)
-                if start < chunk.stop and stop > chunk.start:
-                    unit, slot = chunk.unit + number, chunk.slot + number
-                    yield Segment(region.family, unit, slot, region.first_segment + index, start, stop)
 
     def chunks(self, moves: Iterable[Move]) -> tuple[Chunk, ...]:
         """The moves of one device cut into chunks, in the order in which a forward pass needs them."""
