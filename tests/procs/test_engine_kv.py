@@ -169,6 +169,28 @@ def test_the_only_copy_of_a_kv_head_is_lost(folder, kv_mirror):
         assert ask(driver, (*prompt_of(0, 160), *streams[0].tokens[:40])) == 192
 
 
+@pytest.mark.parametrize(("lost", "kv"), [("cpu:1", "mirrored"), ("cpu:0", "whole")])
+def test_of_what_nobody_holds_only_the_latest_is_moved_in_a_recovery(folder, monkeypatch, lost, kv):
+    """Room for ten blocks that are only cached: of two prompts that have ended the later one is found again. With two
+    devices the KV head comes from the mirror, with four from another device."""
+    block_bytes = KVAddresses(config=load_model_config(folder), block_size=BLOCK, num_blocks=1).block_bytes
+    monkeypatch.setattr("anchortp.engine.keeper.MAX_CACHED_BYTES", 10 * 2 * block_bytes)
+    with kv_engine(folder, 2 if kv == "mirrored" else 4) as driver:
+        for old in (10, 11):
+            ask(driver, prompt_of(old, 160), num_tokens=2)
+        streams = speak(driver, 2, length=160, num_tokens=150)
+        wait_mirrored(driver)
+        driver.inject(lost, "lost")
+        check_all(streams)
+        episode = last_episode(driver, 2)
+        assert episode["kv"] == kv
+        moved = episode["bytes"]["kv_restored"] + episode["bytes"]["kv_copied"]
+        assert 0 < moved <= (10 + 2 * (160 + 150) // BLOCK + 2) * block_bytes * (2 if kv == "whole" else 1)
+        assert replayed(driver) <= (0 if kv == "whole" else 2 * 2 * BLOCK)
+        assert ask(driver, prompt_of(11, 160)) >= 8 * BLOCK
+        assert ask(driver, prompt_of(10, 160)) == 0
+
+
 def test_a_kv_head_that_another_device_holds_is_copied_from_there(folder):
     with kv_engine(folder, 4, kv_mirror="off") as driver:
         assert [shard["kv"] for shard in driver.engine.recovery.layout.shards] == [(0,), (0, 1), (1,), (1,)]

@@ -284,6 +284,9 @@ class History:
         assert dict(sealed) == {i: hash_of(prefix) for i, prefix in registered.items()}
         assert [i for i, _ in sealed][: len(lru)] == lru
         assert set(self.pool.occupied()) == {i for i, fact in self.slow.facts.items() if fact.num_holders} | set(lru)
+        for most in (0, 1, 5):
+            kept = lru[max(0, len(lru) - most) :]
+            assert self.pool.occupied(most) == [*kept, *(i for i in self.pool.occupied() if i not in lru)]
         assert all(self.pool.block_of(block_hash) == i for i, block_hash in sealed)
         assert {i: self.memory[i] for i in registered} == registered
         indexed = self.index.entries()

@@ -101,9 +101,11 @@ class BlockPool:
         held = [block_id for block_id in self._refs if block_id in self._hash_of]
         return [(block_id, self._hash_of[block_id]) for block_id in [*self._lru, *held]]
 
-    def occupied(self) -> list[int]:
-        """All ids that are not blank: held or cached, so that their planes mean something."""
-        return [*self._lru, *self._refs]
+    def occupied(self, max_cached: int | None = None) -> list[int]:
+        """Ids that are not blank, so that their planes mean something: all that are held, and of the free cached ones
+        the `max_cached` that were used last (by default all)."""
+        skipped = 0 if max_cached is None else max(0, len(self._lru) - max_cached)
+        return [*islice(self._lru, skipped, None), *self._refs]
 
     def match(self, block_hashes: Sequence[bytes], num_tokens: int) -> list[int]:
         """The longest cached prefix of a sequence of `num_tokens` tokens, as block ids.

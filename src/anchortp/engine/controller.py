@@ -593,7 +593,7 @@ class ElasticEngine:
             pieces=[_piece(move) for move in command.moves],
             sums=self._sums,
             pace=BACKGROUND_PACE if command.background else 1.0,
-            kv_blocks=self._keeper.occupied() if command.background else [],
+            kv_blocks=self._keeper.worth_moving() if command.background else [],
         )
         self._send(command.device, order)
 

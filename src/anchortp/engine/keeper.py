@@ -30,6 +30,9 @@ log = logging.getLogger("anchortp.engine")
 INDEX_ARENA = "kv-index"
 HOST_ATTEMPTS = 3
 MAX_SAVES_PER_STEP = 64  # blocks; a long prompt's are copied over several steps, none of which waits noticeably
+# Of the contents that no running sequence holds so many bytes, of all KV heads, are moved while everybody waits; the
+# least recently used beyond that are computed anew when somebody asks for them. A gigabyte of them took half a second.
+MAX_CACHED_BYTES = 128 << 20
 
 
 class KVKeeper:
@@ -57,6 +60,8 @@ class KVKeeper:
         self._last_ticket = 0
         self._num_restored = 0
         self._restored: set[bytes] = set()  # contents whose planes the mirror gives back in this recovery
+        self._has_moved = False  # planes, in this recovery
+        self._max_cached = MAX_CACHED_BYTES // (plane.kv.block_bytes * plane.kv.config.num_kv_heads)
         self._epoch = NOT_WHOLE  # for which the cache is what the index says
 
     # ----------------------------------------------------------------------------------- opening the host anchor
@@ -196,6 +201,7 @@ class KVKeeper:
             self._send(device, m.MoveBlocks(epoch=command.epoch, heads=list(layout[device][KV]), pairs=pairs))
 
     def restore(self, command: ev.Restore) -> None:
+        self._has_moved = True
         peers = [(plane.head, plane.device) for plane in command.planes if plane.device is not None]
         from_mirror = [plane.head for plane in command.planes if plane.device is None]
         pairs = self._mirrored_blocks() if from_mirror else []
@@ -207,22 +213,24 @@ class KVKeeper:
             epoch=command.epoch,
             kv_heads={shard.device: list(shard[KV]) for shard in command.layout.shards},
             from_peers=peers,
-            blocks=self._pool.occupied() if peers else [],
+            blocks=self.worth_moving() if peers else [],
             from_mirror=from_mirror,
             pairs=pairs,
             mirror_id=self._mirror_id,
         )
         self._send(command.device, order)
 
-    def occupied(self) -> list[int]:
-        """The blocks that hold something."""
-        return self._pool.occupied()
+    def worth_moving(self) -> list[int]:
+        """The blocks that go along where a KV head goes. While nothing is scheduled a later answer has no block that
+        an earlier one had not: what sequences let go of is the most recently used."""
+        return self._pool.occupied(self._max_cached)
 
     def _mirrored_blocks(self) -> list[tuple[int, int]]:
         if self._mirror is None:
             return []
+        worth = set(self.worth_moving())
         found = ((block_id, self._mirror.find(content)) for block_id, content in self._pool.sealed())
-        return [(block_id, slot) for block_id, slot in found if slot is not None]
+        return [(block_id, slot) for block_id, slot in found if slot is not None and block_id in worth]
 
     def resume(self, command: ev.Resume) -> None:
         """The cache is what the recovery left of it; from here on the index is believed again."""
@@ -232,7 +240,9 @@ class KVKeeper:
             self._num_restored += len(self._restored)
             found = map(self._pool.block_of, self._restored)
             self._scheduler.on_kv_lost(whole={block_id for block_id in found if block_id is not None})
-        self._restored = set()
+        elif self._has_moved:
+            self._pool.keep_only(set(self.worth_moving()))
+        self._restored, self._has_moved = set(), False
         self._scheduler.resize(command.num_kv_blocks)
         self._set_epoch(command.epoch)
 

@@ -82,7 +82,8 @@ class StatePlane:
         self._pages: dict[str, dict[str, IntervalSet]] = {}  # by device and arena: what the anchor has committed
         self._manifests: dict[str, Manifest] = {}  # of an earlier engine, as found by `open`
         self._ours = _Started(Path(config.runtime_dir))
-        self._ended: list[int] = []
+        self._begun: list[int] = []  # anchors started here; one may die before anybody is connected to it
+        self._ended: list[int] = []  # anchors whose connection has ended
 
     # ------------------------------------------------------------------------------------------ finding
 
@@ -113,6 +114,7 @@ class StatePlane:
                 budget_bytes=budget_bytes or self._config.device_memory_bytes,
                 runtime_dir=self._config.runtime_dir,
             )
+            self._begun.append(pid)
             self._ours.add(device, pid)
 
     def _connect(self, device: str) -> AnchorClient:
@@ -200,19 +202,11 @@ class StatePlane:
         """
         deadline_s = time.monotonic() + timeout_s
         for pid in list(self._ended):
-            try:
-                pidfd = open_pidfd(pid)
-            except ProcessLookupError:
+            if _collect(pid, max(0.0, deadline_s - time.monotonic())):
                 self._ended.remove(pid)
-                continue
-            try:
-                if wait_gone(pidfd, max(0.0, deadline_s - time.monotonic())):
-                    self._ended.remove(pid)
-                    os.waitpid(pid, os.WNOHANG)
-            except ChildProcessError:
-                pass
-            finally:
-                os.close(pidfd)
+        for pid in list(self._begun):
+            if _collect(pid, 0.0):
+                self._begun.remove(pid)
 
     # --------------------------------------------------------------------------------------- the host's anchor
 
@@ -451,6 +445,23 @@ class StatePlane:
         self._reap(STOP_TIMEOUT_S)
         for device in list(self._clients):
             self._close(device)
+
+
+def _collect(pid: int, timeout_s: float) -> bool:
+    """Waits for the end of a process, and of its entry if it is our child. False: it still runs."""
+    try:
+        pidfd = open_pidfd(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        gone = wait_gone(pidfd, timeout_s)
+        if gone:
+            os.waitpid(pid, os.WNOHANG)
+        return gone
+    except ChildProcessError:
+        return True
+    finally:
+        os.close(pidfd)
 
 
 def _counts(shard: Shard) -> Counter[str]:
