@@ -341,7 +341,8 @@ FromWorker = (
 
 
 class ForkSpare(_Message):
-    """With one end of a socket pair: fork a process that serves it. Answered on that socket (SpareReady).
+    """With one end of a socket pair, and the `fd` of a `DeathNotice`: fork a process that serves the one and holds the
+    other. Answered on that socket (SpareReady).
 
     `gpus`: on which it makes its contexts before it answers, so that becoming a worker does not wait for that.
     """

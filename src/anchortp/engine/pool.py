@@ -17,7 +17,7 @@ from typing import Any
 from anchortp.engine import messages as m
 from anchortp.engine.zygote import become_subreaper
 from anchortp.errors import ChannelClosed, WireError
-from anchortp.state.process import kill, open_pidfd, wait_gone
+from anchortp.state.process import DeathNotice, how_it_ended, kill, open_pidfd, wait_gone
 from anchortp.state.wire import Channel
 
 # How long OpenMP's threads spin before they sleep: some 50 us, longer than the Python between two kernels. Where there
@@ -30,37 +30,41 @@ Watch = Callable[[int, Callable[[], None]], None]
 
 
 class WorkerProcess:
-    """A forked process: spare while `device` is None. `pidfd` is readable once it has ended."""
+    """A forked process: spare while `device` is None.
 
-    def __init__(self, channel: Channel):
+    `pidfd` is readable once it has ended and holds nothing any more. It `is_dead` before that.
+    """
+
+    def __init__(self, channel: Channel, notice: DeathNotice):
         self.channel = channel
+        self.notice = notice
         self.pid = 0
         self.pidfd = -1
         self.device: str | None = None
+        self.is_dead = False
         self.last_words = ""
 
     def started(self, pid: int) -> None:
         self.pid, self.pidfd = pid, open_pidfd(pid)
 
     def kill(self) -> None:
-        """SIGKILL: also ends a process that is stopped. Its end is seen through `pidfd`."""
+        """SIGKILL: also ends a process that is stopped."""
         if self.pidfd >= 0:
             kill(self.pidfd, signal.SIGKILL)
 
-    def reap(self) -> str:
-        """Collects the exit status of a process that has ended and says how it ended; closes everything."""
-        status = "ended"
+    def how_it_ended(self) -> str:
+        how = how_it_ended(self.pid)
+        return f"{how} ({self.last_words})" if self.last_words else how
+
+    def reap(self) -> None:
+        """Collects a process that has ended, and closes everything."""
         if self.pidfd >= 0:
             with contextlib.suppress(ChildProcessError):
-                result = os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
-                if result is not None and result.si_code == os.CLD_EXITED:
-                    status = f"exited with status {result.si_status}"
-                elif result is not None:
-                    status = f"killed by {signal.Signals(result.si_status).name}"
+                os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED | os.WNOHANG)
             os.close(self.pidfd)
             self.pidfd = -1
         self.channel.close()
-        return f"{status} ({self.last_words})" if self.last_words else status
+        self.notice.close()
 
 
 class WorkerPool:
@@ -220,20 +224,23 @@ class WorkerPool:
     def _fork_missing(self) -> None:
         if not self._zygote_ready or self._stopping:
             return
-        coming = sum(1 for p in self._processes if p.device is None)
+        coming = sum(1 for p in self._processes if p.device is None and not p.is_dead)
         for _ in range(self._num_spares + len(self._wanted) - coming):
             self._fork()
 
     def _fork(self) -> None:
         assert self._zygote_channel is not None
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        notice = DeathNotice()
         with theirs:
             try:
-                self._zygote_channel.send(m.ForkSpare(gpus=self._gpus), fds=(theirs.fileno(),))
+                self._zygote_channel.send(m.ForkSpare(gpus=self._gpus), fds=(theirs.fileno(), notice.fd))
             except WireError:
                 ours.close()
+                notice.close()
                 return  # the zygote's end is read as an event, and it is replaced
-        process = WorkerProcess(Channel(ours, m.FromWorker))
+        notice.sent()
+        process = WorkerProcess(Channel(ours, m.FromWorker), notice)
         self._processes.add(process)
         self._watch(ours.fileno(), lambda: self._read(process))
 
@@ -262,19 +269,31 @@ class WorkerPool:
     def _spare_ready(self, process: WorkerProcess, pid: int) -> None:
         process.started(pid)
         self._watch(process.pidfd, lambda: self._ended(process))
+        died = process.notice.watch(pid)
+        self._watch(died, lambda: self._died(process))
         if self._wanted:
             self._wanted.pop(next(iter(self._wanted)))(process)
         else:
             self._spares.append(process)
 
-    def _ended(self, process: WorkerProcess) -> None:
+    def _died(self, process: WorkerProcess) -> None:
+        """It computes no more. The kernel may still take its memory down, for which nobody waits."""
+        self._unwatch(process.notice.event_fd)
+        if process.is_dead:
+            return
+        process.is_dead = True
         if process.channel.fileno() >= 0:
             self._read_last_words(process)
-        device = process.device
-        how = self._forget(process)
-        if device is not None:
-            self._on_end(process, how)
+            self._unwatch(process.channel.fileno())
+        with contextlib.suppress(ValueError):
+            self._spares.remove(process)
+        if process.device is not None:
+            self._on_end(process, process.how_it_ended())
         self._fork_missing()
+
+    def _ended(self, process: WorkerProcess) -> None:
+        self._died(process)  # unless that was heard before
+        self._forget(process)
 
     def _read_last_words(self, process: WorkerProcess) -> None:
         with contextlib.suppress(WireError):
@@ -282,11 +301,11 @@ class WorkerPool:
                 if isinstance(received.message, m.WorkerFailed):
                     process.last_words = received.message.reason
 
-    def _forget(self, process: WorkerProcess) -> str:
+    def _forget(self, process: WorkerProcess) -> None:
         self._processes.discard(process)
         with contextlib.suppress(ValueError):
             self._spares.remove(process)
-        for fd in (process.channel.fileno(), process.pidfd):
+        for fd in (process.channel.fileno(), process.pidfd, process.notice.event_fd):
             if fd >= 0:
                 self._unwatch(fd)
-        return process.reap()
+        process.reap()

@@ -19,6 +19,8 @@ import socket
 import sys
 from functools import partial
 
+from anchortp.state.process import hold_until_death
+
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -72,16 +74,17 @@ def main() -> None:
             return
         if isinstance(received.message, messages.Stop):
             return
-        (fd,) = received.fds
+        fd, notice_fd = received.fds
         child = os.fork()
         if child == 0:
             serve = partial(worker.worker_main, gpus=received.message.gpus)
-            _become_worker(channel.fileno(), fd, options.controller, serve)
+            _become_worker(channel.fileno(), fd, notice_fd, options.controller, serve)
         os.close(fd)
+        os.close(notice_fd)
         os.waitpid(child, 0)
 
 
-def _become_worker(zygote_fd: int, fd: int, controller_pid: int, serve) -> None:
+def _become_worker(zygote_fd: int, fd: int, notice_fd: int, controller_pid: int, serve) -> None:
     """In the first child: fork once more, so that the worker is orphaned to the controller."""
     if os.fork() != 0:
         os._exit(0)
@@ -93,6 +96,7 @@ def _become_worker(zygote_fd: int, fd: int, controller_pid: int, serve) -> None:
                 os._exit(1)  # the controller is gone
             os.sched_yield()
         die_with_parent(controller_pid)
+        hold_until_death(notice_fd)
         serve(socket.socket(fileno=fd))
         status = 0
     finally:

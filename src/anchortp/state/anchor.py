@@ -428,12 +428,14 @@ class Anchor:
             self._listener.stop_listening()
             if self._lease is not None:
                 process.kill(self._lease.pidfd, signal.SIGKILL)
-                if not process.wait_gone(self._lease.pidfd, _KILL_TIMEOUT_S):
+                if not process.wait_dead(self._lease.client.pid, _KILL_TIMEOUT_S):
                     _log(f"process {self._lease.client.pid} did not end within {_KILL_TIMEOUT_S} s")
             # Nobody is to wait for a device that is gone while its memory is still being overwritten.
             for client in self._clients:
                 if client.role == "controller":
                     client.channel.close()
+            if self._lease is not None:
+                process.wait_gone(self._lease.pidfd, _KILL_TIMEOUT_S)
             _log(f"injected: lost; {self._memory.scribble()} bytes overwritten")
         except Exception:
             _log(f"bug while losing the device:\n{traceback.format_exc()}")
