@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import resource
 import shutil
 import threading
 import time
@@ -22,7 +23,7 @@ from anchortp.transfer.checksum import sum_key
 from anchortp.transfer.executor import Loaded
 from anchortp.transfer.faulty import Fault
 from anchortp.transfer.queue import Failure
-from anchortp.transfer.sources import Destination
+from anchortp.transfer.sources import Destination, map_pages
 from anchortp.transfer.work import HOST
 from tests.cpu.transfer_tools import Bench, moves_from
 from tests.tiny_model import Oracle, write_model
@@ -448,3 +449,18 @@ def test_pages_are_made_ready_by_and_by_and_bytes_that_are_there_stay():
             (9 * page, 10 * page),
             (30 * page, 31 * page),
         ]
+
+
+def test_mapping_pages_takes_the_faults_and_leaves_the_bytes():
+    page = 4096
+    with MemfdArena.create("weights", 256 * page) as arena:
+        os.pwrite(arena.fd, b"x" * 10, 5 * page)
+        memory = arena.map()
+        buffer = torch.frombuffer(memory, dtype=torch.uint8)
+        map_pages(buffer, 3 * page + 7, 131 * page - 9)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for at in range(3, 131):
+            memory[at * page + 11] = 1
+        assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 64, "pages were mapped one by one"
+        assert memory[5 * page : 5 * page + 10] == b"x" * 10
+        assert arena.committed_bytes() == 128 * page

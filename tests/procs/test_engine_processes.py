@@ -52,6 +52,10 @@ def spare_pids(driver: Driver) -> list[int]:
     return [process.pid for process in driver.engine._processes._spares]
 
 
+def ready_bytes(driver: Driver) -> dict[str, int]:
+    return {device: found["ready_bytes"] for device, found in driver.engine.status()["devices"].items()}
+
+
 def adopted(driver: Driver, device: str, old_pid: int) -> None:
     """Waits until a new anchor holds the device's memory."""
     driver.wait(
@@ -113,6 +117,17 @@ def test_several_devices_lost_at_once(folder):
         for stream in streams:
             stream.check()
         assert set(driver.engine.status()["devices"]) == {"cpu:0", "cpu:2"}
+
+
+def test_memory_is_made_ready_for_each_next_loss(folder):
+    with running_engine(folder, 4) as driver:
+        for lost in ("cpu:2", "cpu:0", "cpu:3"):
+            driver.wait(lambda: all(ready_bytes(driver).values()), "memory that is ready")
+            streams = driver.speak(2, LONG)
+            driver.inject(lost, "lost")
+            for stream in streams:
+                stream.check()
+        assert ready_bytes(driver) == {"cpu:1": 0}  # there is no next one
 
 
 # ------------------------------------------------------------------------------------ spares and the zygote

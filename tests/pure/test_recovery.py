@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections import deque
+from collections import Counter, deque
 from dataclasses import replace
 
 import pytest
@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from anchortp.engine.balancer import ExpertBalancer
 from anchortp.eplb.stages import Copy, Drop, Stage
 from anchortp.layout import EXPERT, KVAddresses, Layout, Shard, WeightAddresses, initial_layout, model_units
-from anchortp.plan import FromPeer, Plan
+from anchortp.plan import FromPeer, Plan, plan_change
 from anchortp.recovery import Coordinator, RecoveryConfig, StepDeadline, replay
 from anchortp.recovery import events as ev
 from anchortp.recovery.change import arrangement
 from anchortp.recovery.coordinator import ARRANGING, COMPACTING, FORMING, LEAVING, LOADING, REFUSING, RESTORING, SERVING
+from anchortp.recovery.devices import slots_after_a_loss
 from anchortp.recovery.events import KVState
 from tests.pure.test_layout_and_shrink import devices, make_config, make_moe
 
@@ -900,3 +901,26 @@ def test_any_faults_and_changes_in_any_order_end_well(num_devices, num_events, m
 
     _, commands = replay(units, config, coordinator.log)
     assert [c for batch in commands for c in batch] == world.commands
+
+
+@pytest.mark.parametrize("num_devices", [2, 3, 4, 8])
+@pytest.mark.parametrize("speed", [1.0, 2.0])
+def test_slots_made_ready_for_a_loss_are_nearly_those_that_it_needs(num_devices, speed):
+    """What is spread by whole units may go to one device or the other; far too many would be memory wasted."""
+    units, names = model_units(make_config(kv_heads=4, group=4, mlp=960)), devices(num_devices)
+    speeds = {names[0]: speed}
+    layout, needed = initial_layout(units, names, speeds), Counter()
+    for lost in names:
+        held = Layout(shards=tuple(shard for shard in layout.shards if shard.device != lost))
+        after = plan_change(units, held, held.devices, speeds={n: speeds.get(n, 1.0) for n in held.devices}).after
+        for shard in after.shards:
+            for family in units.families:
+                needed[shard.device, family] = max(needed[shard.device, family], len(shard[family]))
+    ready = slots_after_a_loss(units, layout, speeds)
+    for (device, family), count in needed.items():
+        assert abs(ready[device][family] - count) <= 1, (device, family)
+
+
+def test_a_device_alone_has_no_loss_to_get_ready_for():
+    layout = initial_layout(UNITS, devices(1))
+    assert slots_after_a_loss(UNITS, layout, {}) == {}

@@ -167,3 +167,23 @@ def test_scribbling_hits_every_arena_accounted_or_not(memory: DeviceMemory) -> N
     os.pwrite(memory.arena("b").fd, b"\1", P)
     assert memory.scribble() == P
     assert os.pread(memory.arena("b").fd, 2 * P, 0) == bytes(P) + b"\xff" * P
+
+
+def test_memory_that_the_system_does_not_have_is_not_counted(memory: DeviceMemory, monkeypatch) -> None:
+    memory.create("a", 8 * PAGE_BYTES)
+    memory.commit("a", ((0, PAGE_BYTES),), allocate=True)
+    assert memory.arena("a").committed_bytes() == PAGE_BYTES
+    allocate, calls = MemfdArena.allocate, []
+
+    def refuse_the_second(arena: MemfdArena, start: int, stop: int) -> None:
+        calls.append((start, stop))
+        if len(calls) == 2:
+            raise StateError("the system has no memory")
+        allocate(arena, start, stop)
+
+    monkeypatch.setattr(MemfdArena, "allocate", refuse_the_second)
+    with pytest.raises(StateError, match="no memory"):
+        memory.commit("a", ((0, 3 * PAGE_BYTES), (5 * PAGE_BYTES, 6 * PAGE_BYTES)), allocate=True)
+    assert calls == [(PAGE_BYTES, 3 * PAGE_BYTES), (5 * PAGE_BYTES, 6 * PAGE_BYTES)]
+    assert memory.arena("a").committed_bytes() == memory.committed_bytes == PAGE_BYTES
+    memory.validate()

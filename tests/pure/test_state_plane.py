@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -52,6 +53,9 @@ class _Client:
 
     def commit(self, name, ranges, epoch):
         self.memory.commit(name, tuple(ranges))
+
+    def commit_now(self, name, ranges, epoch):
+        self.memory.commit(name, tuple(ranges), allocate=True)
 
     def decommit(self, name, ranges, epoch):
         self.memory.decommit(name, tuple(ranges))
@@ -152,9 +156,60 @@ def test_a_reservation_above_the_budget_is_refused_with_the_numbers_and_can_be_m
     assert _accounted(client) == _used(_layout(1), 1)
 
 
+def test_memory_is_made_ready_a_little_at_a_time_and_kept_until_it_is_used(monkeypatch):
+    monkeypatch.setattr("anchortp.engine.plane.AHEAD_BYTES", 2 * PAGE_BYTES)
+    client, layout, more = _Client(1 << 24), _layout(1), _layout(4)
+    plane = _plane(client)
+    assert plane.reserve(Reserve(epoch=1, ticket=1, staged=layout, num_kv_blocks=9, fresh=(DEVICE,))) == ""
+    before, taken = _accounted(client), _in_memory(client)
+    pieces = [done[DEVICE] for done in plane.commit_ahead({DEVICE: _slots(more)}, 1)]
+    new = _used(more, 9)[WEIGHTS_ARENA] - before[WEIGHTS_ARENA]
+    assert IntervalSet(r for piece in pieces for r in piece) == new and len(pieces) > 1
+    assert max(IntervalSet(piece).total for piece in pieces) <= 2 * PAGE_BYTES
+    assert _accounted(client) == {WEIGHTS_ARENA: before[WEIGHTS_ARENA] | new, KV_ARENA: before[KV_ARENA]}
+    assert _in_memory(client) == taken + new.total  # though nobody has touched it
+
+    assert plane.settle(_layout(2), 9, 2)  # needs some of it
+    assert _accounted(client) == _used(more, 9)
+    assert list(plane.commit_ahead({DEVICE: _slots(_layout(3))}, 2)) != []
+    assert _accounted(client) == _used(_layout(3), 9)  # the rest is of no use now
+    assert _in_memory(client) == taken + (_used(_layout(3), 9)[WEIGHTS_ARENA] - before[WEIGHTS_ARENA]).total
+
+
+def test_only_memory_that_nobody_needs_is_made_ready(monkeypatch):
+    monkeypatch.setattr("anchortp.engine.plane.AHEAD_BYTES", PAGE_BYTES)
+    layout, more = _layout(1), _layout(4)
+    client = _Client(sum(pages.total for pages in _used(layout, WANTED).values()))
+    plane, ahead = _plane(client), {DEVICE: _slots(more)}
+    full = Reserve(epoch=1, ticket=1, staged=layout, num_kv_blocks=WANTED, fresh=(DEVICE,))
+    assert plane.reserve(full) == "" and list(plane.commit_ahead(ahead, 1)) == []  # the cache has it all
+    assert plane.settle(layout, WANTED - 300, 2)
+    room = client.memory.budget_bytes - client.memory.committed_bytes
+    pieces = [done[DEVICE] for done in plane.commit_ahead(ahead, 2)]
+    assert 0 < IntervalSet(r for piece in pieces for r in piece).total <= room
+    client.memory.validate()
+
+    # Behind the steps, a worker may just have been mapping what is given back, and so have taken it again.
+    behind = Reserve(epoch=2, ticket=2, staged=layout, num_kv_blocks=WANTED, fresh=(), background=True)
+    assert plane.reserve(behind) == "" and _accounted(client) == _used(layout, WANTED)
+    taken = _in_memory(client)
+    client.memory.arena(WEIGHTS_ARENA).allocate(*pieces[0][0])
+    assert _in_memory(client) > taken
+    assert plane.settle(layout, WANTED, 3)
+    assert _in_memory(client) == taken
+
+
 def _layout(num_experts: int) -> Layout:
     (shard,) = initial_layout(UNITS, (DEVICE,)).shards
     return Layout(shards=(shard.replaced(EXPERT, range(num_experts)),))
+
+
+def _in_memory(client: _Client) -> int:
+    return client.memory.arena(WEIGHTS_ARENA).committed_bytes()
+
+
+def _slots(layout: Layout) -> Counter[str]:
+    return Counter({family: len(layout.shards[0][family]) for family in UNITS.families})
 
 
 def _total(layout: Layout) -> int:

@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 
 from anchortp.errors import ChannelClosed, ChannelTimeout, ConfigError, ProtocolError
 from anchortp.state import wire
-from anchortp.state.wire import HEADER, MAGIC, MAX_FDS, WIRE_VERSION, AddressHeld, Channel, connect, listen
+from anchortp.state.wire import (
+    HEADER,
+    MAGIC,
+    MAX_FDS,
+    WIRE_VERSION,
+    AddressHeld,
+    Channel,
+    connect,
+    listen,
+    remove_stale,
+)
 
 
 class Text(msgspec.Struct, frozen=True, tag=True):
@@ -419,6 +429,21 @@ def test_what_a_dead_listener_left_is_replaced(tmp_path: Path) -> None:
     listener = listen(path)
     connect(path, SOON_S).close()
     listener.close()
+
+
+def test_what_a_dead_process_left_is_removed_and_a_living_one_keeps_its_own(tmp_path):
+    path = tmp_path / "anchor.sock"
+    remove_stale(path)
+    assert list(tmp_path.iterdir()) == []
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(os.fspath(path))
+    remove_stale(path)
+    assert list(tmp_path.iterdir()) == []
+    listener = listen(path)
+    remove_stale(path)
+    connect(path).close()
+    listener.close()
+    remove_stale(tmp_path / "nowhere" / "anchor.sock")
 
 
 def test_directories_that_others_can_enter_are_refused(tmp_path: Path) -> None:

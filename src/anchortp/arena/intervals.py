@@ -66,6 +66,12 @@ class IntervalSet:
             rest.remove(start, stop)
         return rest
 
+    def __or__(self, other: IntervalSet) -> IntervalSet:
+        union = self.copy()
+        for start, stop in other:
+            union.add(start, stop)
+        return union
+
     def validate(self) -> None:
         """Asserts the invariants above; for tests and teardowns."""
         edges = [edge for pair in self for edge in pair]

@@ -16,7 +16,8 @@ import threading
 import time
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ from anchortp.plan import FromPeer, Move
 from anchortp.recovery import Coordinator, RecoveryConfig, StepDeadline
 from anchortp.recovery import events as ev
 from anchortp.recovery.coordinator import IDLE, REFUSING, SERVING
+from anchortp.recovery.devices import slots_after_a_loss
+from anchortp.state.process import wait_dead
 from anchortp.state.wire import private_directory
 from anchortp.transfer.fingerprint import fingerprint
 
@@ -59,10 +62,21 @@ BACKLOG_POLL_S = 1e-3
 BACKGROUND_PACE = 0.5  # share of the time in which bytes move while steps are computed
 PUBLISH_EVERY_S = 0.1
 MAX_EPISODES_SHOWN = 32
+CALM_S = 1.0  # before memory is made ready for the next loss
+ADOPT_AFTER_S = 0.02
 
 
 class _StepCut(Exception):
     """The step in flight will not be answered: its group is gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Ahead:
+    """Memory being made ready, in one epoch: from `due_s` on, `StatePlane.commit_ahead` a little at a time."""
+
+    epoch: int
+    due_s: float
+    work: Iterator[dict[str, list[tuple[int, int]]]]
 
 
 class ElasticEngine:
@@ -105,6 +119,7 @@ class ElasticEngine:
         self._ranks: tuple[str, ...] = ()
         self._answer: m.StepDone | None = None
         self._outputs: list[TokenOutput] = []  # not delivered yet
+        self._ahead: _Ahead | None = None
         self._events: deque[ev.Event] = deque()
         self._handling = False
         self._suspects: Counter[str] = Counter()
@@ -219,7 +234,7 @@ class ElasticEngine:
                     self._deliver()
                     self._write_record()
                     self._publish_if_due()
-                    self._pump(self._idle_timeout())
+                    self._pump(0.0 if self._prepare_for_a_loss() else self._idle_timeout())
         except BaseException as error:
             log.exception("the engine failed")
             self._failure = error
@@ -244,6 +259,7 @@ class ElasticEngine:
         self._outputs += self.scheduler.postprocess(batch, answer.sampled, self.config.model.eos_token_ids)
         self._keeper.save_sealed(self.recovery.layout, self.recovery.epoch)
         self._rebalance_if_due()
+        self._prepare_for_a_loss()
         if not self.scheduler.has_work():
             self._deliver()
             self._write_record()
@@ -703,6 +719,22 @@ class ElasticEngine:
             change_id = self._num_changes
         self._handle(ev.Change(why="rebalance experts", change_id=change_id, plan=plan))
 
+    def _prepare_for_a_loss(self) -> bool:
+        """Makes some memory ready for the weights that a loss would bring, once there is time for it, in all of the
+        epoch once. False: there is nothing left to do now."""
+        recovery, now_s = self.recovery, time.monotonic()
+        if not recovery.is_calm:
+            self._ahead = None
+            return False
+        if self._ahead is None or self._ahead.epoch != recovery.epoch:
+            slots = slots_after_a_loss(self.units, recovery.layout, recovery.speeds)
+            work = self._plane.commit_ahead(slots, recovery.epoch)
+            self._ahead = _Ahead(epoch=recovery.epoch, due_s=now_s + CALM_S, work=work)
+        pieces = next(self._ahead.work, None) if now_s >= self._ahead.due_s else None
+        for device, ranges in (pieces or {}).items():
+            self._send(device, m.MapPages(epoch=recovery.epoch, ranges=ranges))
+        return pieces is not None
+
     def _expert_slots(self, device: str) -> int:
         """How many expert units the device has memory for, beside all else that it holds now."""
         shard, weights = self.recovery.layout[device], self._plane.weights
@@ -763,10 +795,13 @@ class ElasticEngine:
         """Starting an anchor takes longer than a step, so that happens on a thread; serving goes on."""
         if device in self._adopting:
             return
+        worker = self._workers.get(device)
 
         def start() -> None:
             try:
-                self._plane.ensure_anchor(device)
+                # Where a device was lost, its worker ends at the same time, and there is nothing to adopt.
+                if worker is not None and not wait_dead(worker.pid, ADOPT_AFTER_S):
+                    self._plane.ensure_anchor(device)
                 self._post(lambda: self._hand_over(device))
             except AnchorTPError as error:
                 self._post(lambda error=error: self._handed_over(device, False, str(error)))
@@ -868,6 +903,7 @@ class ElasticEngine:
             device["worker_pid"] = process.pid if process is not None else 0
             loaded, total = self._load_progress.get(name, (0, 0))
             device["loading_bytes"], device["loading_total_bytes"] = loaded, total
+            device["ready_bytes"] = self._plane.ready_bytes(name)
         return devices
 
     def _episode(self, index: int) -> dict[str, Any]:

@@ -168,6 +168,14 @@ class ShareExperts(_Message):
     parts: dict[int, tuple[float, float]]
 
 
+class MapPages(_Message):
+    """These ranges of the weights' arena, which were committed ahead of need, are mapped now and not when they are
+    written; in host memory only. Not answered."""
+
+    epoch: int
+    ranges: list[tuple[int, int]]
+
+
 class RunStep(_Message):
     """Compute a batch. Rank 0 answers StepDone."""
 
@@ -199,6 +207,7 @@ ToWorker = (
     | RestorePlanes
     | FormGroup
     | ShareExperts
+    | MapPages
     | RunStep
     | SaveBlocks
     | HandOver

@@ -10,10 +10,12 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from anchortp.arena import IntervalSet, MemfdArena, round_down, round_up
+from anchortp.arena.intervals import Range
 from anchortp.config import EngineConfig
 from anchortp.errors import (
     AnchorRunning,
@@ -22,6 +24,7 @@ from anchortp.errors import (
     ChannelClosed,
     ChannelTimeout,
     ManifestInvalid,
+    StateError,
     WireError,
 )
 from anchortp.layout import (
@@ -36,9 +39,10 @@ from anchortp.layout import (
 )
 from anchortp.recovery.events import DeviceFound, Reserve
 from anchortp.state.client import AnchorClient
-from anchortp.state.launch import start_anchor
+from anchortp.state.launch import anchor_socket, start_anchor
 from anchortp.state.manifest import Manifest
 from anchortp.state.process import kill, open_pidfd, wait_gone
+from anchortp.state.wire import remove_stale
 
 log = logging.getLogger("anchortp.engine")
 
@@ -46,6 +50,21 @@ WEIGHTS_ARENA, KV_ARENA, SLOTS_ARENA = "weights", "kv", "slots"
 PING_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 2.0
 HOST_SLACK_BYTES = 1 << 20
+AHEAD_BYTES = 1 << 20  # committed ahead at a time: less than a millisecond
+
+
+@dataclass(slots=True, eq=False)
+class _Committed:
+    """What an anchor has committed: for which slots, by family; which pages, by arena; and which of the weights' pages
+    were committed ahead of need. `dropped`: those that were given back while the worker may still have been mapping
+    them, which takes them again. They are given back once more when it is known to be through."""
+
+    slots: Counter[str] = field(default_factory=Counter)
+    pages: dict[str, IntervalSet] = field(
+        default_factory=lambda: {WEIGHTS_ARENA: IntervalSet(), KV_ARENA: IntervalSet()}
+    )
+    ahead: IntervalSet = field(default_factory=IntervalSet)
+    dropped: IntervalSet = field(default_factory=IntervalSet)
 
 
 class StatePlane:
@@ -78,8 +97,7 @@ class StatePlane:
         )
         self._clients: dict[str, AnchorClient] = {}
         self._watched: dict[str, int] = {}  # a client that gave up has closed its descriptor itself
-        self._slots: dict[str, Counter[str]] = {}  # by device and family: the slots that are committed
-        self._pages: dict[str, dict[str, IntervalSet]] = {}  # by device and arena: what the anchor has committed
+        self._committed: dict[str, _Committed] = {}  # by device
         self._manifests: dict[str, Manifest] = {}  # of an earlier engine, as found by `open`
         self._ours = _Started(Path(config.runtime_dir))
         self._begun: list[int] = []  # anchors started here; one may die before anybody is connected to it
@@ -151,9 +169,9 @@ class StatePlane:
         if not any(shard.slots):
             return None
         self._manifests[device] = manifest
-        self._slots[device] = _counts(shard)
         found = {arena.name: IntervalSet(arena.ranges) for arena in client.status().arenas}
-        self._pages[device] = {name: found.get(name, IntervalSet()) for name in (WEIGHTS_ARENA, KV_ARENA)}
+        pages = {name: found.get(name, IntervalSet()) for name in (WEIGHTS_ARENA, KV_ARENA)}
+        self._committed[device] = _Committed(slots=_counts(shard), pages=pages)
         return shard
 
     def found_kv(self) -> tuple[int, set[int]]:
@@ -288,6 +306,7 @@ class StatePlane:
             try:
                 self._connect(device)
             except AnchorTPError:
+                remove_stale(anchor_socket(self._config.runtime_dir, device))
                 return  # there is none
         if self._ours.includes(device, self._clients[device].welcome.pid):
             self._shutdown(device)
@@ -323,6 +342,50 @@ class StatePlane:
                 return False
         return True
 
+    def commit_ahead(self, slots: Mapping[str, Counter[str]], epoch: int) -> Iterator[dict[str, list[Range]]]:
+        """Commits the weights' slots that devices are likely to need next, and takes their memory from the system: on a
+        host that and its mapping take ten times as long as the copy into it. A little at each `next`, which says where
+        in the arena of which device it was: the worker may map it.
+
+        Only budget that nobody uses is taken. Where there is no more, the device goes without, and whatever needs it
+        has it back. An anchor that went away, or is stuck, is reported as by `reserve`.
+        """
+        work = {device: self._ahead_of(device, counts, epoch) for device, counts in slots.items()}
+        while work:
+            done = {}
+            for device, pieces in list(work.items()):
+                try:
+                    done[device] = next(pieces)
+                except StopIteration:
+                    del work[device]
+                except (BudgetExceeded, StateError) as error:
+                    log.info("%s: no memory is made ready for a loss: %s", device, error)
+                    del work[device]
+                except WireError as error:
+                    self._went_away(device, error)
+                    return
+            if done:
+                yield done
+
+    def ready_bytes(self, device: str) -> int:
+        """What `commit_ahead` has made ready on a device."""
+        return self._committed[device].ahead.total if device in self._committed else 0
+
+    def _ahead_of(self, device: str, slots: Counter[str], epoch: int) -> Iterator[list[Range]]:
+        client, held = self._client(device), self._committed[device]
+        wanted = self._weight_pages(slots)
+        if useless := (held.ahead | held.dropped) - wanted:
+            client.decommit(WEIGHTS_ARENA, list(useless), epoch)
+            held.pages[WEIGHTS_ARENA] -= useless
+            held.ahead -= useless
+        held.dropped = IntervalSet()
+        # Also what is committed already: a worker that came since has not mapped it.
+        for piece in _pieces(wanted - self._weight_pages(held.slots), AHEAD_BYTES):
+            client.commit_now(WEIGHTS_ARENA, piece, epoch)
+            held.ahead |= IntervalSet(piece)
+            held.pages[WEIGHTS_ARENA] |= IntervalSet(piece)
+            yield piece
+
     def _went_away(self, device: str, error: WireError) -> None:
         log.info("%s: its anchor went away while memory was reserved: %s", device, error)
         self._give_up(device)
@@ -341,36 +404,58 @@ class StatePlane:
             self._reserve_slots(client, self._config.peer_slots_bytes, command.epoch)
         slots = _counts(shard)
         if command.background:
-            slots |= self._slots[device]
+            slots |= self._committed[device].slots
         self._resize(device, slots, command.num_kv_blocks, command.epoch)
 
     def _resize(self, device: str, slots: Counter[str], num_kv_blocks: int, epoch: int) -> None:
-        """From the pages that are committed to exactly those which `slots` and `num_kv_blocks` touch.
+        """From the pages that are committed to those which `slots` and `num_kv_blocks` touch, and, if there is budget
+        for them too, those that were committed ahead.
 
         A page belongs to two slots where these do not end on its edge, and is given back with the last of them.
         """
-        client, pages = self._client(device), self._pages[device]
+        client, held = self._client(device), self._committed[device]
         want = self._pages_of(slots, num_kv_blocks)
+        held.ahead -= want[WEIGHTS_ARENA]
+        self._give_back(client, held, want, epoch)
+        try:
+            self._commit_missing(client, held, want, epoch)
+        except BudgetExceeded:
+            held.dropped |= held.ahead
+            held.ahead = IntervalSet()
+            self._give_back(client, held, want, epoch)
+            self._commit_missing(client, held, want, epoch)
+        held.slots = slots
+
+    def _give_back(self, client: AnchorClient, held: _Committed, want: dict[str, IntervalSet], epoch: int) -> None:
         for name, wanted in want.items():
-            unused = pages[name] - wanted
+            unused = held.pages[name] - wanted
+            if name == WEIGHTS_ARENA:
+                unused = (unused | held.dropped) - (wanted | held.ahead)
             if unused:
                 client.decommit(name, list(unused), epoch)
-                pages[name] -= unused
+                held.pages[name] -= unused
+
+    def _commit_missing(self, client: AnchorClient, held: _Committed, want: dict[str, IntervalSet], epoch: int) -> None:
         for name, wanted in want.items():
-            missing = wanted - pages[name]
+            missing = wanted - held.pages[name]
             if missing:
                 client.commit(name, list(missing), epoch)
-                pages[name] = wanted
-        self._slots[device] = slots
+                held.pages[name] |= missing
 
     def _pages_of(self, slots: Counter[str], num_kv_blocks: int) -> dict[str, IntervalSet]:
         """By arena: the pages that a device with `slots` uses."""
-        weights = [self.weights.replicated_range]
+        kv = self._touched(self.kv.slot_ranges(0, slots[KV], 0, num_kv_blocks))
+        return {WEIGHTS_ARENA: self._weight_pages(slots), KV_ARENA: kv}
+
+    def _weight_pages(self, slots: Counter[str]) -> IntervalSet:
+        ranges = [self.weights.replicated_range]
         for family in self._units.families:
-            weights += self.weights.slot_ranges(family, 0, slots[family])
-        ranges = {WEIGHTS_ARENA: weights, KV_ARENA: self.kv.slot_ranges(0, slots[KV], 0, num_kv_blocks)}
+            ranges += self.weights.slot_ranges(family, 0, slots[family])
+        return self._touched(ranges)
+
+    def _touched(self, ranges: list[Range]) -> IntervalSet:
         page = self._config.page_bytes
-        return {name: IntervalSet((round_down(a, page), round_up(b, page)) for a, b in ranges[name]) for name in ranges}
+        return IntervalSet((round_down(start, page), round_up(stop, page)) for start, stop in ranges)
 
     def _reserve_slots(self, client: AnchorClient, num_bytes: int, epoch: int) -> None:
         """The device's part of the memory in which a `PeerGroup` sums; nothing of it is kept from epoch to epoch."""
@@ -388,8 +473,7 @@ class StatePlane:
             client.drop_arena(arena.name, epoch)
         for name, reserved_bytes in wanted.items():
             client.create_arena(name, reserved_bytes, epoch).close()
-        self._slots[client.welcome.device] = Counter()
-        self._pages[client.welcome.device] = {name: IntervalSet() for name in wanted}
+        self._committed[client.welcome.device] = _Committed()
         # From now until it is loaded the device holds nothing that anyone may attach to.
         self.put_manifest(empty_shard(client.welcome.device), 0, epoch)
 
@@ -399,7 +483,7 @@ class StatePlane:
         if any(arena.name == KV_ARENA for arena in client.status().arenas):
             client.drop_arena(KV_ARENA, epoch)
         client.create_arena(KV_ARENA, self.kv.reserved_bytes, epoch).close()
-        self._pages[device][KV_ARENA] = IntervalSet()
+        self._committed[device].pages[KV_ARENA] = IntervalSet()
 
     def put_manifests(self, layout: Layout, num_kv_blocks: int, epoch: int) -> None:
         """Says in every anchor what its arenas hold now. An anchor that has just died is skipped."""
@@ -430,7 +514,8 @@ class StatePlane:
 
     def committed_ranges(self, device: str) -> dict[str, list[tuple[int, int]]]:
         """What is committed in each arena of a device: for the anchor that adopts them. Empty: nothing yet."""
-        ranges = {name: list(pages) for name, pages in self._pages.get(device, {}).items() if pages}
+        pages = self._committed[device].pages if device in self._committed else {}
+        ranges = {name: list(pages) for name, pages in pages.items() if pages}
         if ranges and self._config.peer_slots_bytes:
             ranges[SLOTS_ARENA] = [(0, self._config.peer_slots_bytes)]
         return ranges
@@ -462,6 +547,22 @@ def _collect(pid: int, timeout_s: float) -> bool:
         return True
     finally:
         os.close(pidfd)
+
+
+def _pieces(pages: IntervalSet, num_bytes: int) -> Iterator[list[Range]]:
+    """All of `pages`, in order, in pieces of at most `num_bytes`, a multiple of a page."""
+    piece, room = [], num_bytes
+    for start, stop in pages:
+        while start < stop:
+            edge = min(stop, start + room)
+            piece.append((start, edge))
+            room -= edge - start
+            start = edge
+            if room == 0:
+                yield piece
+                piece, room = [], num_bytes
+    if piece:
+        yield piece
 
 
 def _counts(shard: Shard) -> Counter[str]:

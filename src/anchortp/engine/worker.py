@@ -63,7 +63,7 @@ from anchortp.transfer.faulty import Fault, FaultySource
 from anchortp.transfer.fingerprint import fingerprint
 from anchortp.transfer.packed import PackedWeights, Packer, open_packed
 from anchortp.transfer.queue import Failure
-from anchortp.transfer.sources import Destination, HostSource, PeerSource, Source
+from anchortp.transfer.sources import Destination, HostSource, PeerSource, Source, map_pages
 from anchortp.transfer.tensors import tensor_of
 from anchortp.transfer.work import EMBED_POSITION, Geometry, complete
 from anchortp.transfer.work import HOST as HOST_SOURCE
@@ -171,6 +171,7 @@ class Worker:
             m.ArrangeUnits: self._arrange,
             m.FormGroup: self._form,
             m.ShareExperts: self._share,
+            m.MapPages: self._map_pages,
             m.RunStep: self._run_step,
             m.MoveBlocks: self._move_blocks,
             m.RestorePlanes: self._restore_planes,
@@ -542,6 +543,15 @@ class Worker:
         if order.epoch == self._epoch and self._decoder is not None and self._decoder.moe is not None:
             with self._assigned().accelerator.placing():
                 self._decoder.moe.share(order.parts)
+
+    def _map_pages(self, order: m.MapPages) -> None:
+        """A load that follows a loss then only has to copy."""
+        if order.epoch != self._epoch:
+            return
+        buffer = self._mapped(WEIGHTS_ARENA)
+        if isinstance(self._arenas[WEIGHTS_ARENA][0], MemfdArena):
+            for start, stop in order.ranges:
+                map_pages(buffer, start, stop)
 
     def _make_group(self, rank: int, devices: Sequence[str]) -> Group:
         a = self._assigned()

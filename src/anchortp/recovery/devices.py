@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 
 from anchortp.devices import parse_device
 from anchortp.errors import DoesNotFit, in_words
@@ -54,3 +56,20 @@ def fitting_kv_blocks(
             )
         best = min(best, fitting)
     return best
+
+
+def slots_after_a_loss(units: ModelUnits, layout: Layout, speeds: Mapping[str, float]) -> dict[str, Counter[str]]:
+    """By device and family: how many slots it is likely to need when any one of the others has been lost.
+
+    That is what it holds, or its even share, by speed, of all units among those that are left without the fastest other
+    device. Nothing rests on it but which pages are made ready ahead of a loss.
+    """
+    weight = {device: speeds.get(device, 1.0) for device in layout.devices}
+    slots = {}
+    for shard in layout.shards if len(weight) > 1 else ():
+        left = sum(weight.values()) - max(w for device, w in weight.items() if device != shard.device)
+        share = weight[shard.device] / left
+        slots[shard.device] = Counter(
+            {family: max(len(shard[family]), ceil(units.num_units[family] * share)) for family in units.families}
+        )
+    return slots

@@ -300,8 +300,8 @@ class Anchor:
                 memory.grow(name, reserved_bytes)
             case AdoptArena(name=name, reserved_bytes=reserved_bytes, ranges=ranges):
                 memory.adopt(name, reserved_bytes, ranges, _only(fds))
-            case Commit(name=name, ranges=ranges):
-                memory.commit(name, ranges)
+            case Commit(name=name, ranges=ranges, allocate=allocate):
+                memory.commit(name, ranges, allocate=allocate)
             case Decommit(name=name, ranges=ranges):
                 memory.decommit(name, ranges)
             case DropArena(name=name):

@@ -125,12 +125,27 @@ class DeviceMemory:
             arena.adopt(offset, serial, fd)
             held.pages.add(offset, offset + arena.page_bytes)
 
-    def commit(self, name: str, ranges: Ranges) -> None:
-        """Accounts the pages that `ranges` touch, and sees to it that they can be used.
+    def commit(self, name: str, ranges: Ranges, *, allocate: bool = False) -> None:
+        """Accounts the pages that `ranges` touch, and sees to it that they can be used: with `allocate` a memfd's
+        pages are allocated here, and not when they are touched.
 
-        Raises BudgetExceeded, with the numbers; DeviceFull where the hardware has less than the budget.
+        Raises BudgetExceeded, with the numbers; DeviceFull or StateError where the hardware has less than the budget.
         """
-        self._account(self._get(name), ranges)
+        held = self._get(name)
+        if not allocate or not isinstance(held.arena, MemfdArena):
+            self._account(held, ranges)
+            return
+        _check_ranges(held.arena, ranges)
+        pages = self._afforded(held, ranges)
+        new = list(pages - held.pages)
+        try:
+            for start, stop in new:
+                held.arena.allocate(start, stop)
+        except StateError:
+            for start, stop in new:
+                held.arena.decommit(start, stop)
+            raise
+        held.pages = pages
 
     def decommit(self, name: str, ranges: Ranges) -> None:
         """Gives back the pages that lie wholly inside `ranges`."""

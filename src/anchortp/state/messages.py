@@ -134,12 +134,14 @@ class AdoptChunks(Message):
 class Commit(Message):
     """Counts the pages that `ranges` touch against the budget, before they are used. -> Committed
 
-    All or nothing: BudgetExceeded changes nothing. Pages that were counted before cost nothing.
+    All or nothing: BudgetExceeded changes nothing. Pages that were counted before cost nothing. `allocate`: host memory
+    is taken from the system now, not when it is touched.
     """
 
     name: str
     ranges: Ranges
     epoch: int
+    allocate: bool = False
 
 
 class Decommit(Message):

@@ -469,6 +469,17 @@ def listen(path: str | os.PathLike[str]) -> Listener:
     return Listener(path=path, sock=sock, lock_fd=lock_fd)
 
 
+def remove_stale(path: Path) -> None:
+    """Removes what a process that was killed left there; where one listens, or is still dying, nothing."""
+    try:
+        lock_fd = _lock(path)
+    except (AddressHeld, FileNotFoundError):  # or the directory is gone
+        return
+    path.unlink(missing_ok=True)
+    _lock_path(path).unlink(missing_ok=True)
+    os.close(lock_fd)
+
+
 def connect(path: str | os.PathLike[str], timeout_s: float = DEFAULT_TIMEOUT_S) -> socket.socket:
     """A connection to the process that listens at `path`.
 

@@ -153,6 +153,17 @@ class PeerSource:
         self._on_close()
 
 
+def map_pages(buffer: Tensor, start: int, stop: int) -> None:
+    """Maps the pages of `[start, stop)` of an arena's mapping for writing, in bulk.
+
+    Where the kernel is too old for it, they are mapped one by one as they are written. Measured, CPU time of 128 MB
+    with allocation and the copy: 79 ms; with MADV_POPULATE_READ 101, with no mapping ahead 88, without allocation ahead
+    93, with neither 95; and 8 where all of it was done before (`engine.plane.StatePlane.commit_ahead`).
+    """
+    page = buffer.data_ptr() + start & -4096
+    _libc.madvise(page, buffer.data_ptr() + stop - page, MADV_POPULATE_WRITE)
+
+
 class Destination:
     """One of this device's arenas. `buffer`: 1-D uint8, a mapping of all of it."""
 
@@ -170,11 +181,7 @@ class Destination:
             if not self._prepared.add(start, stop):
                 return
         self._arena.allocate(start, stop)
-        page = self._buffer.data_ptr() + start & -4096
-        # Where the kernel is too old for it, pages are mapped one by one as they are written.
-        # Measured, CPU time of 128 MB with the copy: 79 ms; with MADV_POPULATE_READ 101, fallocate alone 88, page by
-        # page 95, mapped for writing without fallocate 93.
-        _libc.madvise(page, self._buffer.data_ptr() + stop - page, MADV_POPULATE_WRITE)
+        map_pages(self._buffer, start, stop)
 
     def prepare_by_and_by(self, ranges: Sequence[Range], num_steps: int) -> Callable[[], None]:
         """Prepares a share of the ranges each time that it is called, all of them in `num_steps` calls."""
