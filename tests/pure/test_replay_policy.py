@@ -85,6 +85,10 @@ class Clock:
             block_id for name, seq in self.scheduler._running.items() if name not in names for block_id in seq.block_ids
         }
         self.scheduler.on_kv_lost(whole)
+        self.recover()
+
+    def recover(self):
+        self.scheduler.on_recovered()
         self.now_s = 0.0
         self.spoken_s = {name: [] for name in self.spoken_s}
 
@@ -118,6 +122,28 @@ def test_streams_whose_kv_is_whole_go_on_while_others_replay():
     assert all(times[i] <= 1.5 * full_steps_s(1000) * (i + 1) for i in range(10))
 
 
+def test_who_was_speaking_speaks_again_before_newcomers_are_let_in():
+    streams = lengths(8, 200)
+    clock = Clock()
+    clock.start(streams)
+    clock.ask("half read", 5000)
+    clock.step()
+    clock.ask("newcomer", 400)
+    clock.recover()
+    batch = clock.step()
+    assert {seq.request_id for seq in batch.seqs} == set(streams) and clock.now_s == duration_s(8)
+    assert clock.step().num_tokens == MAX_BATCH_TOKENS
+    clock.until(spoke(clock, ["half read", "newcomer"]))
+
+
+def test_nobody_waits_for_a_step_where_nobody_speaks():
+    clock = Clock()
+    clock.ask("newcomer", 400)
+    clock.recover()
+    clock.step()
+    assert clock.first_s("newcomer") == duration_s(400)
+
+
 def test_without_the_policy_they_would_wait():
     """A test of the test: with full steps the same streams stand still for a third of a second, time and again."""
     whole, lost = lengths(6, 1000, "whole"), lengths(10, 1000, "lost")
@@ -146,6 +172,7 @@ def test_what_replays_do_not_need_goes_to_prefills():
     clock.start({"whole": 1000, "lost": 20})
     clock.lose({"lost"})
     clock.ask("new", 1000)
+    assert [seq.request_id for seq in clock.step().seqs] == ["whole"]
     batch = clock.step()
     assert {seq.request_id: len(seq.token_ids) for seq in batch.seqs} == {"whole": 1, "lost": 21, "new": 107}
     assert clock.step().num_tokens == MAX_BATCH_TOKENS
@@ -165,6 +192,7 @@ def test_what_a_mirror_leaves_to_replay_is_done_in_a_few_steps():
     clock.start(streams)
     running = clock.scheduler._running
     clock.scheduler.on_kv_lost({block_id for seq in running.values() for block_id in seq.block_ids[:-2]})
+    clock.scheduler.on_recovered()
     assert 16 * 16 <= clock.scheduler.num_tokens_to_replay <= 16 * 32
     clock.now_s, clock.spoken_s = 0.0, {name: [] for name in streams}
     clock.until(spoke(clock, streams))

@@ -244,6 +244,7 @@ class KVKeeper:
             self._pool.keep_only(set(self.worth_moving()))
         self._restored, self._has_moved = set(), False
         self._scheduler.resize(command.num_kv_blocks)
+        self._scheduler.on_recovered()
         self._set_epoch(command.epoch)
 
     def _set_epoch(self, epoch: int) -> None:

@@ -11,6 +11,8 @@ Who gets the budget
 3. Prefills: running sequences, fewest pending tokens first (ties: earliest arrival). With what they leave,
    waiting sequences in order of arrival, none overtaking another, each as soon as blocks for all its tokens
    are free and every running sequence keeps one free block to grow into.
+The first step after a recovery has decodes alone, if there are any: who was speaking speaks again soonest, and all
+others wait for no more than that step.
 
 Why nobody starves: who replays was there when the fault struck, so a replay is overtaken by no newcomer and
 done after all replays' tokens at three quarters of the rate; prefills have their quarter meanwhile. Newcomers
@@ -128,6 +130,7 @@ class Scheduler:
         self._failures: list[TokenOutput] = []
         self._in_flight: tuple[Batch, list[Sequence]] | None = None
         self._slow_start = max_batch_tokens  # replays' part of a step while nobody decodes
+        self._is_first_step = False  # after a recovery
 
     # --- requests come and go ---
 
@@ -232,6 +235,10 @@ class Scheduler:
         if sum(replays) <= SMALL_REPLAY_TOKENS:
             first = sum(replays)  # the tails that a mirror does not have: nobody gains by waiting for a second step
         self._slow_start = min(self.max_batch_tokens, max(first, self.max_num_seqs, MIN_REPLAY_TOKENS))
+
+    def on_recovered(self) -> None:
+        """The group is whole again, and the next step is its first."""
+        self._is_first_step = True
 
     def resize(self, num_blocks: int) -> list[tuple[int, int]]:
         """The cache is to have the block ids `[0, num_blocks)`. Returns moves of contents, (from, to).
@@ -381,6 +388,9 @@ class Scheduler:
         decoding, replaying, prefilling = self._by_kind()
         plan = _Plan(self.pool, num_tokens=self.max_batch_tokens)
         plan.add_all(decoding)
+        is_first_step, self._is_first_step = self._is_first_step, False
+        if is_first_step and decoding:
+            return plan
         if not replaying:
             plan.add_all(prefilling)
             self._admit_waiting(plan)
