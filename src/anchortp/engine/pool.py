@@ -17,7 +17,7 @@ from typing import Any
 from anchortp.engine import messages as m
 from anchortp.engine.zygote import become_subreaper
 from anchortp.errors import ChannelClosed, WireError
-from anchortp.state.process import DeathNotice, how_it_ended, kill, open_pidfd, wait_gone
+from anchortp.state.process import DeathNotice, get_out_of_the_way, how_it_ended, kill, open_pidfd, wait_gone
 from anchortp.state.wire import Channel
 
 # How long OpenMP's threads spin before they sleep: some 50 us, longer than the Python between two kernels. Where there
@@ -282,6 +282,7 @@ class WorkerPool:
         if process.is_dead:
             return
         process.is_dead = True
+        get_out_of_the_way(process.pid)
         if process.channel.fileno() >= 0:
             self._read_last_words(process)
             self._unwatch(process.channel.fileno())

@@ -434,6 +434,7 @@ class Anchor:
             for client in self._clients:
                 if client.role == "controller":
                     client.channel.close()
+            process.get_out_of_the_way(0)  # a real device's end is no work for the host
             if self._lease is not None:
                 process.wait_gone(self._lease.pidfd, _KILL_TIMEOUT_S)
             _log(f"injected: lost; {self._memory.scribble()} bytes overwritten")
