@@ -23,12 +23,18 @@ from typing import Any
 
 import torch
 
+from anchortp.arena import MemfdArena
+from anchortp.config import parse_model_config
 from anchortp.devices import parse_device
 from anchortp.engine.accelerator import Accelerator
+from anchortp.engine.kv_blocks import KVBlocks
+from anchortp.engine.mirror_addresses import MirrorAddresses
+from anchortp.layout import KVAddresses
 from anchortp.state.client import AnchorClient
 from anchortp.state.process import open_pidfd, wait_gone
 from anchortp.transfer.tensors import tensor_of
 from bench.gpu_ranks import EPOCH, TIMEOUT_S, anchors, run_ranks
+from tests.tiny_model import TINY
 
 GIB = 1 << 30
 
@@ -105,6 +111,7 @@ def memory(scale: Scale, runtime_dir: Path) -> dict[str, Any]:
         client.decommit("weights", [(0, size // 2)], EPOCH)
         result["recommit_half_s"] = _seconds(lambda: client.commit("weights", [(0, size // 2)], EPOCH))
         client.refresh(arena, EPOCH)
+        result |= _mirror_rates(scale, accelerator)
         result |= _bandwidths(scale, accelerator, whole, runtime_dir, devices[1])
         result["reexport_of_imported"] = _reexport(arena)
         del whole
@@ -142,6 +149,33 @@ def _bandwidths(
     copies["kernel_on_arena_read_write"] = lambda: words.add_(1)
     copies["kernel_on_torch_memory_read_write"] = lambda: plain_words.add_(1)
     return {f"{name}_bytes_per_s": half / timed(accelerator, scale.repeats, copy) for name, copy in copies.items()}
+
+
+def _mirror_rates(scale: Scale, accelerator: Accelerator) -> dict[str, float]:
+    """KV blocks to and from registered host memory, as a recovery copies them; the bytes are compared."""
+    kv = KVAddresses(config=parse_model_config(TINY | scale.model), block_size=16, num_blocks=64)
+    slots = MirrorAddresses(kv=kv, num_slots=64)
+    heads = tuple(range(kv.config.num_kv_heads // 2))
+    cache = torch.randint(0, 256, (kv.reserved_bytes,), dtype=torch.uint8, device=accelerator.torch_device)
+    restored = torch.zeros_like(cache)
+    blocks = KVBlocks(cache, kv, heads)
+    pairs = [(block, (17 * block) % 64) for block in range(64)]  # no two are neighbours on both sides
+    with MemfdArena.create("mirror", slots.reserved_bytes) as arena:
+        pinned = accelerator.pinned(arena)
+    assert pinned is not None
+    pin_s = _seconds(lambda: pinned.pin([(0, slots.reserved_bytes)]))
+    mirror = tensor_of(pinned)
+    save_s = timed(accelerator, scale.repeats, lambda: blocks.save(mirror, pairs, heads))
+    again = KVBlocks(restored, kv, heads)
+    restore_s = timed(accelerator, scale.repeats, lambda: again.restore(mirror, pairs, heads))
+    ranges = kv.slot_ranges(0, len(heads), 0, kv.num_blocks)
+    num_bytes = len(pairs) * len(heads) * kv.block_bytes
+    return {
+        "mirror_pin_bytes_per_s": slots.reserved_bytes / pin_s,
+        "mirror_save_bytes_per_s": num_bytes / save_s,
+        "mirror_restore_bytes_per_s": num_bytes / restore_s,
+        "mirror_is_whole": all(torch.equal(cache[a:b], restored[a:b]) for a, b in ranges),
+    }
 
 
 def _reexport(arena: Any) -> str:

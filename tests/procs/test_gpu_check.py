@@ -38,6 +38,7 @@ def test_every_measurement_runs_on_simulated_devices(tmp_path):
     )
     figures = {name: part["figures"] for name, part in result["parts"].items()}
     assert figures["memory"]["num_chunks"] == 256 and figures["memory"]["peer_arena_to_arena_bytes_per_s"] > 0
+    assert figures["memory"]["mirror_is_whole"] is True and figures["memory"]["mirror_save_bytes_per_s"] > 0
     assert figures["survival"]["sigkill"]["bytes_whole"] is True
     assert set(figures["collectives"]) == {f"{kind}, {num} ranks" for kind in ("peer", "shm") for num in (2, 4)}
     for kind in ("lost", "crash"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anchortp.arena import VmmDriver, driver_of
+from anchortp.arena import MemfdArena, PinnedMapping, VmmDriver, driver_of
 from anchortp.comm import GlooGroup, Group, NcclGroup, PeerGroup, ShmGroup, ShmRegion, StagedGroup
 from anchortp.comm.peer import mark_stream
 from anchortp.devices import Device
@@ -53,6 +53,10 @@ class Accelerator:
         """
         if self.torch_device is not None:
             torch.cuda.synchronize(self.torch_device)
+
+    def pinned(self, arena: MemfdArena) -> PinnedMapping | None:
+        """Host memory as this device can use it; None where the device is the host."""
+        return None if self.open_driver is None else PinnedMapping(arena, self.open_driver())
 
     def mark(self) -> Callable[[], bool]:
         """As `comm.peer.Mark`."""

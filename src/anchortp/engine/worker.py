@@ -13,14 +13,15 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 import torch
 
-from anchortp.arena import IntervalSet, MemfdArena
+from anchortp.arena import IntervalSet, MemfdArena, PinnedMapping
 from anchortp.comm import Group, ShmRegion
 from anchortp.config import load_model_config
 from anchortp.devices import Device, parse_device
@@ -28,12 +29,13 @@ from anchortp.engine import messages as m
 from anchortp.engine.accelerator import GROUPS, Accelerator
 from anchortp.engine.device_errors import verdict_of
 from anchortp.engine.faults import FaultProbe
-from anchortp.engine.kv_blocks import KVBlocks
-from anchortp.engine.mirror_addresses import HOST, MIRROR_ARENA
+from anchortp.engine.kv_blocks import KVBlocks, Pair
+from anchortp.engine.mirror_addresses import HOST, MIRROR_ARENA, MirrorAddresses
 from anchortp.engine.sampler import Sampler
 from anchortp.errors import (
     AnchorTPError,
     ChannelClosed,
+    ChannelTimeout,
     GroupAborted,
     StaleEpoch,
     StateError,
@@ -74,6 +76,7 @@ IDLE_TIMEOUT_S = 1e6  # an idle worker waits; it dies with the controller (PR_SE
 GROUP_TIMEOUT_S = 600.0
 ANCHOR_TIMEOUT_S = 5.0  # shorter than the controller waits for a worker to leave an epoch
 EXPERT_LOAD_EVERY_S = 1.0
+SAVE_POLL_S = 0.001  # how often an idle worker looks whether its copies to the mirror are made
 
 
 def worker_main(sock: socket.socket, gpus: Sequence[int] = ()) -> None:
@@ -138,6 +141,15 @@ class _Assignment:
     order: m.Assign
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MappedMirror:
+    """`pinned`: where the device is a GPU; `memory` is then on the device, as far as torch knows."""
+
+    mirror_id: str
+    pinned: PinnedMapping | None
+    memory: torch.Tensor
+
+
 class Worker:
     def __init__(self, channel: Channel):
         self._channel = channel
@@ -157,7 +169,8 @@ class Worker:
         self._group: Group | None = None
         self._decoder: Decoder | None = None
         self._shard = empty_shard("")  # of this device in the present group
-        self._mapped_mirror: tuple[str, torch.Tensor] | None = None
+        self._mapped_mirror: _MappedMirror | None = None
+        self._saves: deque[tuple[int, Callable[[], bool]]] = deque()  # ticket, and whether its copies are made
         self._refreshed: set[str] = set()  # arenas that show all that was committed by the last reservation
         self._sampler = Sampler()
         self._next_expert_load_s = 0.0
@@ -178,7 +191,11 @@ class Worker:
             m.HandOver: self._hand_over,
         }
         while True:
-            received = self._channel.recv(timeout_s=IDLE_TIMEOUT_S)
+            self._answer_saves()
+            try:
+                received = self._channel.recv(timeout_s=SAVE_POLL_S if self._saves else IDLE_TIMEOUT_S)
+            except ChannelTimeout:
+                continue
             message = received.message
             if isinstance(message, m.Stop):
                 return
@@ -241,6 +258,7 @@ class Worker:
         self._epoch = order.epoch
         self._dissolve()
         a.accelerator.synchronize()  # from EpochLeft on, nothing of this worker's touches any memory
+        self._answer_saves()
         # Without an anchor (it crashed, or is stuck) there is no lease to renew: HandOver follows.
         with contextlib.suppress(WireError):
             a.anchor.lease(order.epoch)
@@ -367,11 +385,10 @@ class Worker:
         """Once the group's weights are whole."""
         with self._packing:
             waits = self._group is None or (self._load is not None and not self._load.is_whole)
-            on_gpu = self._assigned().accelerator.torch_device is not None  # the packer reads host memory
-            if self._packed is None or self._packer is not None or waits or on_gpu:
+            if self._packed is None or self._packer is not None or waits:
                 return
-            buffer = self._arenas[WEIGHTS_ARENA][1]
-            self._packer = Packer(self._packed, self._assigned().geometry, self._shard, buffer)
+            view = _destination(*self._arenas[WEIGHTS_ARENA]).view
+            self._packer = Packer(self._packed, self._assigned().geometry, self._shard, view)
             self._packer.start()
 
     def _source(self, name: str) -> Source:
@@ -437,6 +454,7 @@ class Worker:
         moved = [after[KV][target] for family, _, target in steps if family == KV]
         if moved and order.blocks:
             self._blocks(after[KV]).copy_from(self._mapped(KV_ARENA), before[KV], order.blocks, moved)
+        a.accelerator.synchronize()
         self._send(m.UnitsArranged(epoch=order.epoch))
 
     # ------------------------------------------------------------------------------------- the cache's blocks
@@ -444,6 +462,7 @@ class Worker:
     def _move_blocks(self, order: m.MoveBlocks) -> None:
         if order.epoch == self._epoch:
             self._blocks(order.heads).move(order.pairs)
+            self._assigned().accelerator.synchronize()
             self._send(m.BlocksMoved(epoch=order.epoch))
 
     def _restore_planes(self, order: m.RestorePlanes) -> None:
@@ -459,8 +478,9 @@ class Worker:
                 peer = self._opened(device, KV_ARENA)
                 copied += blocks.copy_from(peer, tuple(order.kv_heads[device]), order.blocks, [head])
             if order.from_mirror and order.pairs:
-                mirror = self._mirror(order.mirror_id)
+                mirror = self._mirror(order.mirror_id, order.pairs)
                 restored = blocks.restore(mirror, order.pairs, order.from_mirror)
+            a.accelerator.synchronize()
         except (StateError, WireError) as error:
             self._send(m.PlanesRestored(epoch=order.epoch, ok=False, reason=str(error)))
             return
@@ -468,30 +488,53 @@ class Worker:
         self._send(done)
 
     def _save_blocks(self, order: m.SaveBlocks) -> None:
-        """Runs between two steps: what the next one overwrites has been copied by then."""
+        """Runs between two steps: the next one overwrites nothing that is not copied yet."""
         if order.epoch != self._epoch:
             return
         a = self._assigned()
         a.probe.at("save")
         try:
-            self._blocks(self._shard[KV]).save(self._mirror(order.mirror_id), order.pairs, order.heads)
+            mirror = self._mirror(order.mirror_id, order.pairs)
+            self._blocks(self._shard[KV]).save(mirror, order.pairs, order.heads)
         except (StateError, WireError):
             self._send(m.BlocksSaved(ticket=order.ticket, ok=False))
             return
-        self._send(m.BlocksSaved(ticket=order.ticket, ok=True))
+        self._saves.append((order.ticket, a.accelerator.mark()))
+        self._answer_saves()
+
+    def _answer_saves(self) -> None:
+        """Says which saves are done. On a GPU they are copies in its queue, which nobody here waits for: what comes
+        after them in the queue cannot overwrite what they read."""
+        while self._saves and self._saves[0][1]():
+            self._send(m.BlocksSaved(ticket=self._saves.popleft()[0], ok=True))
 
     def _blocks(self, heads: Sequence[int]) -> KVBlocks:
         return KVBlocks(self._mapped(KV_ARENA), self._assigned().kv, tuple(heads))
 
-    def _mirror(self, mirror_id: str) -> torch.Tensor:
-        """The host's mirror, all of it. Raises StateError if the host anchor is another one by now."""
-        if self._mapped_mirror is None or self._mapped_mirror[0] != mirror_id:
+    def _mirror(self, mirror_id: str, pairs: Sequence[Pair]) -> torch.Tensor:
+        """The host's mirror, of which the slots of `pairs` may be used. Raises StateError if the host anchor is another
+        one by now."""
+        if self._mapped_mirror is None or self._mapped_mirror.mirror_id != mirror_id:
             self._mapped_mirror = None
-            self._mapped_mirror = (mirror_id, self._opened(HOST, MIRROR_ARENA, mirror_id))
-        return self._mapped_mirror[1]
+            self._mapped_mirror = self._map_mirror(mirror_id)
+        if (pinned := self._mapped_mirror.pinned) is not None:
+            slots = MirrorAddresses.of(self._assigned().kv, pinned.reserved_bytes)
+            pinned.pin(slots.slot_range(slot) for _, slot in pairs)
+        return self._mapped_mirror.memory
 
-    def _opened(self, device: str, name: str, anchor_id: str | None = None) -> torch.Tensor:
+    def _map_mirror(self, mirror_id: str) -> _MappedMirror:
+        with self._open(HOST, MIRROR_ARENA, mirror_id) as arena:
+            assert isinstance(arena, MemfdArena), "the host's memory is no device's"
+            pinned = self._assigned().accelerator.pinned(arena)
+            return _MappedMirror(mirror_id=mirror_id, pinned=pinned, memory=tensor_of(pinned or arena))
+
+    def _opened(self, device: str, name: str) -> torch.Tensor:
         """An arena of another anchor as it is now, mapped for this worker's device."""
+        with self._open(device, name) as arena:
+            return tensor_of(arena)
+
+    @contextlib.contextmanager
+    def _open(self, device: str, name: str, anchor_id: str | None = None) -> Iterator[Arena]:
         a = self._assigned()
         with AnchorClient.connect(
             a.order.runtime_dir,
@@ -504,7 +547,7 @@ class Worker:
                 raise StateError(f"the anchor of {device} was replaced; what it held is gone")
             with client.open_arena(name, self._epoch) as arena:
                 client.refresh(arena, self._epoch)
-                return tensor_of(arena)
+                yield arena
 
     # ------------------------------------------------------------------------------------------- serving
 
