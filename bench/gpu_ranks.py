@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import statistics
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -85,6 +87,18 @@ def run_ranks(
         for pipe in pipes:
             pipe.close()
         region.close()
+
+
+def timed(accelerator: Accelerator, repeats: int, work: Callable[[], object]) -> float:
+    """Median seconds of `work`, device included, after one run that warms up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        accelerator.synchronize()
+        began_s = time.perf_counter()
+        work()
+        accelerator.synchronize()
+        seconds.append(time.perf_counter() - began_s)
+    return statistics.median(seconds[1:])
 
 
 def _commit_slots(runtime_dir: Path, devices: tuple[str, ...], slot_bytes: int) -> None:

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,7 +32,7 @@ from anchortp.layout import KVAddresses
 from anchortp.state.client import AnchorClient
 from anchortp.state.process import open_pidfd, wait_gone
 from anchortp.transfer.tensors import tensor_of
-from bench.gpu_ranks import EPOCH, TIMEOUT_S, anchors, run_ranks
+from bench.gpu_ranks import EPOCH, TIMEOUT_S, anchors, run_ranks, timed
 from tests.tiny_model import TINY
 
 GIB = 1 << 30
@@ -49,10 +48,29 @@ class Scale:
     hidden: int
     model: dict[str, Any]
     tokens: int
+    large_model: dict[str, Any]
+    large_tokens: int
+    large_memory_bytes: int
 
     def device(self, part: int) -> str:
         return f"{self.kind}:0/{part}"
 
+
+QWEN3_8B = {  # its config.json
+    "model_type": "qwen3",
+    "num_hidden_layers": 36,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 12288,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+}
 
 # The engine's model on a GPU: 8 layers with the widths of a 1 B model, 1.1 GB in bf16, made up on the spot.
 SCALES = {
@@ -73,21 +91,22 @@ SCALES = {
             "max_position_embeddings": 2048,
         },
         tokens=256,
+        large_model=QWEN3_8B,
+        large_tokens=160,
+        large_memory_bytes=19 * GIB,  # also for the engine of one; committed as it is used
     ),
-    "sim": Scale(kind="sim", arena_bytes=16 << 20, repeats=2, hidden=64, model={}, tokens=120),
+    "sim": Scale(
+        kind="sim",
+        arena_bytes=16 << 20,
+        repeats=2,
+        hidden=64,
+        model={},
+        tokens=120,
+        large_model={"tie_word_embeddings": False},
+        large_tokens=60,
+        large_memory_bytes=1 << 28,
+    ),
 }
-
-
-def timed(accelerator: Accelerator, repeats: int, work: Callable[[], object]) -> float:
-    """Median seconds of `work`, device included, after one run that warms up."""
-    seconds = []
-    for _ in range(repeats + 1):
-        accelerator.synchronize()
-        began_s = time.perf_counter()
-        work()
-        accelerator.synchronize()
-        seconds.append(time.perf_counter() - began_s)
-    return statistics.median(seconds[1:])
 
 
 def memory(scale: Scale, runtime_dir: Path) -> dict[str, Any]:
@@ -329,7 +348,20 @@ def engine(scale: Scale, runtime_dir: Path) -> dict[str, Any]:
     return run_engine(scale, runtime_dir)
 
 
-SECTIONS = {"memory": memory, "survival": survival, "collectives": collectives, "engine": engine}
+def qwen3_8b(scale: Scale, runtime_dir: Path) -> dict[str, Any]:
+    """The numbers of a dense model with Qwen3-8B's shapes (16.4 GB of random weights)."""
+    from bench.gpu_engine import run_numbers
+
+    return run_numbers(scale, runtime_dir)
+
+
+SECTIONS = {
+    "memory": memory,
+    "survival": survival,
+    "collectives": collectives,
+    "engine": engine,
+    "qwen3_8b": qwen3_8b,
+}
 
 
 def _last_json(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

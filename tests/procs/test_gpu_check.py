@@ -48,3 +48,19 @@ def test_every_measurement_runs_on_simulated_devices(tmp_path):
     (report,) = tmp_path.glob("*.md")
     assert "| peer, 2 ranks: 16x64_bf16_s |" in report.read_text() and report.name in told
     assert json.loads(report.with_suffix(".json").read_text()) == result
+
+
+def test_the_numbers_of_a_large_model_come_with_their_floors(tmp_path):
+    result, told = gpu_check("--kind", "sim", "--reports", str(tmp_path), "--parts", "qwen3_8b")
+    figures = result["parts"]["qwen3_8b"]["figures"]
+    assert 0 < figures["width 1"]["roofline_1_share"] < 1
+    # 2 layers of q and o [96, 64], k and v [32, 64], gate, up and down [128, 64] and two norms; the last norm and the
+    # lm_head [259, 64]; keys and values of 2 heads of 16 for the prompt of 32 and half of 60 tokens; all float32.
+    weights = 2 * (64 * (2 * 96 + 2 * 32 + 3 * 128) + 2 * 64) + 64 + 259 * 64
+    assert figures["width 1"]["decode_step_bytes"] == 4 * (weights + 2 * 2 * 2 * 16 * (32 + 30))
+    lost, crash = figures["width 4"]["lost"], figures["width 4"]["crash"]
+    assert lost["moved_over_lost_ratio"] == 1.0 and crash["bytes"]["loaded"] == 0
+    assert lost["floor_s"] == lost["bytes"]["lost"] / figures["ceilings"]["host_to_device_bytes_per_s"]
+    assert lost["tfs_s"] >= lost["floor_s"] and figures["restart_over_lost_ratio"] > 1
+    assert lost["failed"] == crash["failed"] == []
+    assert figures["packed_bytes"] > 0 and "tfs_over_floor_ratio" in told
