@@ -144,6 +144,8 @@ def run_numbers(scale: Any, runtime_dir: Path) -> dict[str, Any]:
     options: dict[str, Any] = {"device_memory_bytes": scale.large_memory_bytes}
     with _running(scale, folder, runtime_dir / "one", 1, **options) as engine:
         result["width 1"] = _decode(engine, scale.large_tokens, ceilings)
+    with _running(scale, folder, runtime_dir / "plain", 1, **options, cuda_graphs=False) as engine:
+        result["width 1 without graphs"] = _decode(engine, scale.large_tokens, ceilings)
     options["packed_folder"] = str(runtime_dir / "packed")
     with _running(scale, folder, runtime_dir / "four", NUM_DEVICES, **options) as engine:
         result["packed_bytes"] = _wait_packed(runtime_dir / "packed")

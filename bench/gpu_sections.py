@@ -32,8 +32,8 @@ from anchortp.layout import KVAddresses
 from anchortp.state.client import AnchorClient
 from anchortp.state.process import open_pidfd, wait_gone
 from anchortp.transfer.tensors import tensor_of
-from bench.gpu_ranks import EPOCH, TIMEOUT_S, anchors, run_ranks, timed
-from tests.tiny_model import TINY
+from bench.gpu_ranks import EPOCH, TIMEOUT_S, anchors, decode_with_and_without_graphs, run_ranks, timed
+from tests.tiny_model import TINY, write_model
 
 GIB = 1 << 30
 
@@ -309,6 +309,10 @@ def collectives(scale: Scale, runtime_dir: Path) -> dict[str, Any]:
                 program = (_reduce_latency, scale.hidden, 100 * scale.repeats)
                 (first, *_) = run_ranks(kind, runtime_dir, devices, slot_bytes, *program)
                 result[f"{kind}, {num_ranks} ranks"] = first
+    folder = str(write_model(runtime_dir / "model"))
+    with anchors(runtime_dir, devices[:2], 256 << 20):
+        graphs = run_ranks("peer", runtime_dir, devices[:2], 1 << 20, decode_with_and_without_graphs, folder)
+    result["decode steps as graphs"] = graphs[0]
     if scale.kind == "cuda":
         with anchors(runtime_dir, (scale.device(0),), 64 << 20):
             alone = run_ranks("nccl", runtime_dir, (scale.device(0),), 1 << 20, _nccl_alone)

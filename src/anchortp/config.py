@@ -289,6 +289,7 @@ class EngineConfig:
     plan_policy: Literal["makespan", "units", "cmm", "greedy"] = "makespan"
     eplb: bool = True  # of a mixture of experts: replicate hot ones where memory allows
     eplb_interval_s: float = 10.0
+    cuda_graphs: bool = True  # on GPUs decode steps are captured and replayed
     pipelined_load: bool = True  # a layer computes when its weights are there
     speeds: tuple[tuple[str, float], ...] = ()
     min_step_deadline_s: float = 2.0

@@ -190,3 +190,35 @@ def test_the_mirror_is_pinned_where_a_device_has_memory_of_its_own(monkeypatch, 
         assert len(driver.pinned) == 1
         worker._mapped_mirror = None
         assert driver.pinned == {}
+
+
+def test_a_step_whose_weights_are_on_their_way_is_computed_without_graphs(monkeypatch):
+    """And so is one that the graphs do not take; the batch for graphs is made in host memory, the other's where it is
+    computed."""
+    worker, _ = worker_of(Anchor())
+    placed = []
+
+    @contextlib.contextmanager
+    def placing():
+        placed.append(True)
+        yield
+        placed.pop()
+
+    worker._assignment.accelerator = SimpleNamespace(placing=placing)
+    worker._assignment.order = SimpleNamespace(kv_block_size=16)
+    worker._group = "group"
+    worker._graphs = SimpleNamespace(takes=lambda seqs: seqs == ["one"], forward=lambda batch, group: ("graphs", batch))
+    worker._decoder = SimpleNamespace(forward=lambda batch, group, gate: ("plain", batch, gate))
+    batch_of = SimpleNamespace(build=lambda seqs, block_size: (*seqs, "on device" if placed else "in host memory"))
+    monkeypatch.setattr(worker_module, "ForwardBatch", batch_of)
+    assert worker._forward(["one"], None) == ("graphs", ("one", "in host memory"))
+    assert worker._forward(["other"], None) == ("plain", ("other", "on device"), None)
+    assert worker._forward(["one"], "gate") == ("plain", ("one", "on device"), "gate")
+    worker._graphs = None
+    assert worker._forward(["one"], None) == ("plain", ("one", "on device"), None)
+
+
+def test_who_captures_steps():
+    assert Accelerator.of(parse_device("cpu:0")).capture() is None
+    capture = Accelerator.of(parse_device("sim:0/0")).capture()
+    assert capture is not None and capture(print) is print

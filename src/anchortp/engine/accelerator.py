@@ -14,6 +14,7 @@ from anchortp.arena import MemfdArena, PinnedMapping, VmmDriver, driver_of
 from anchortp.comm import GlooGroup, Group, NcclGroup, PeerGroup, ShmGroup, ShmRegion, StagedGroup
 from anchortp.comm.peer import mark_stream
 from anchortp.devices import Device
+from anchortp.model import Capture, CudaGraphs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,9 +59,19 @@ class Accelerator:
         """Host memory as this device can use it; None where the device is the host."""
         return None if self.open_driver is None else PinnedMapping(arena, self.open_driver())
 
+    def capture(self) -> Capture | None:
+        """How decode steps become graphs; None where launches cost nothing. A simulated GPU computes all anew."""
+        if self.torch_device is not None:
+            return CudaGraphs(self.torch_device)
+        return None if self.open_driver is None else _compute_again
+
     def mark(self) -> Callable[[], bool]:
         """As `comm.peer.Mark`."""
         return mark_stream() if self.torch_device is not None else _reached
+
+
+def _compute_again(work: Callable[[], None]) -> Callable[[], None]:
+    return work
 
 
 def _reached() -> bool:

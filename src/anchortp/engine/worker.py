@@ -32,6 +32,7 @@ from anchortp.engine.faults import FaultProbe
 from anchortp.engine.kv_blocks import KVBlocks, Pair
 from anchortp.engine.mirror_addresses import HOST, MIRROR_ARENA, MirrorAddresses
 from anchortp.engine.sampler import Sampler
+from anchortp.engine.scheduler import ScheduledSeq
 from anchortp.errors import (
     AnchorTPError,
     ChannelClosed,
@@ -52,7 +53,7 @@ from anchortp.layout import (
     model_units,
     shard_from_dict,
 )
-from anchortp.model import Decoder, ForwardBatch, KVCache, WeightViews, check_weights, panels
+from anchortp.model import DecodeGraphs, Decoder, ForwardBatch, KVCache, WeightViews, check_weights, panels
 from anchortp.model.decoder import Gate
 from anchortp.plan.plan import FromHost, FromPeer, Move
 from anchortp.recovery.change import arrangement
@@ -168,6 +169,7 @@ class Worker:
         self._region: ShmRegion | None = None
         self._group: Group | None = None
         self._decoder: Decoder | None = None
+        self._graphs: DecodeGraphs | None = None  # of the decoder, where there are any
         self._shard = empty_shard("")  # of this device in the present group
         self._mapped_mirror: _MappedMirror | None = None
         self._saves: deque[tuple[int, Callable[[], bool]]] = deque()  # ticket, and whether its copies are made
@@ -574,6 +576,8 @@ class Worker:
         with a.accelerator.placing():
             if self._decoder is None:
                 self._decoder = Decoder(a.units, layout, rank, weights, kv_cache, a.order.max_model_len)
+                capture = a.accelerator.capture() if a.order.graphs else None
+                self._graphs = DecodeGraphs(self._decoder, capture) if capture else None
             else:
                 self._decoder.rebind(layout, rank, weights, kv_cache)
             if self._decoder.moe is not None and order.parts is not None:
@@ -612,10 +616,9 @@ class Worker:
         self._region.mark(self._group.rank, batch.step)
         a.probe.at("prefill" if any(len(seq.token_ids) > 1 for seq in batch.seqs) else "decode")
         try:
-            with torch.inference_mode(), a.accelerator.placing():
-                forward = ForwardBatch.build(batch.seqs, a.order.kv_block_size)
-                gate = self._gate()
-                logits = self._decoder.forward(forward, self._group, gate)
+            gate = self._gate()
+            with torch.inference_mode():
+                logits = self._forward(batch.seqs, gate)
         except GroupAborted:
             return
         if logits is not None:
@@ -626,8 +629,20 @@ class Worker:
             self._send(m.StepDone(epoch=order.epoch, step=batch.step, sampled=sampled, expert_load=load))
         a.probe.at("between")
         if gate is None:  # a millisecond: nothing that a stream or a recovery would notice
-            with torch.inference_mode():
+            with torch.inference_mode(), a.accelerator.placing():
                 self._decoder.weights.copy_next()
+                if self._graphs is not None:
+                    self._graphs.capture_next()
+
+    def _forward(self, seqs: Sequence[ScheduledSeq], gate: Gate | None) -> torch.Tensor | None:
+        a = self._assigned()
+        assert self._decoder is not None and self._group is not None
+        if gate is None and self._graphs is not None and self._graphs.takes(seqs):
+            forward = ForwardBatch.build(seqs, a.order.kv_block_size)
+            with a.accelerator.placing():
+                return self._graphs.forward(forward, self._group)
+        with a.accelerator.placing():
+            return self._decoder.forward(ForwardBatch.build(seqs, a.order.kv_block_size), self._group, gate)
 
     def _gate(self) -> Gate | None:
         """Makes a step wait for the weights that it needs and that are still on their way; None if none are."""
@@ -674,7 +689,7 @@ class Worker:
     def _forget_arenas(self) -> None:
         """The anchor has made new ones, as it does in every attempt to fill a device that holds nothing yet: what is
         mapped here is not the device's memory any more, and what is written there would go with this process."""
-        self._decoder = None
+        self._decoder = self._graphs = None
         for arena, _ in self._arenas.values():
             arena.close()
         self._arenas.clear()

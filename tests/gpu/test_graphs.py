@@ -1,0 +1,22 @@
+"""Decode steps as CUDA graphs give the logits of steps without, on ranks that share a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench.gpu_ranks import anchors, decode_with_and_without_graphs, run_ranks
+from tests.gpu.test_groups import DEVICES, runtime_dir
+from tests.tiny_model import write_model
+
+__all__ = ["runtime_dir"]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_graphs_change_no_logit(size: int, runtime_dir: Path) -> None:
+    folder = str(write_model(runtime_dir / "model", dtype="bfloat16"))
+    with anchors(runtime_dir, DEVICES[:size], 64 << 20):
+        program = (decode_with_and_without_graphs, folder)
+        (first, *_) = run_ranks("peer", runtime_dir, DEVICES[:size], 1 << 20, *program)
+    assert first["num_captured"] == 5 and first["largest_difference"] < 0.1, first
