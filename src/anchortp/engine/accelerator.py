@@ -13,8 +13,10 @@ from torch import Tensor
 from anchortp.arena import MemfdArena, PinnedMapping, VmmDriver, driver_of
 from anchortp.comm import GlooGroup, Group, NcclGroup, PeerGroup, ShmGroup, ShmRegion, StagedGroup
 from anchortp.comm.peer import mark_stream
+from anchortp.config import ModelConfig
 from anchortp.devices import Device
 from anchortp.model import Capture, CudaGraphs
+from anchortp.model.paged import FlashInfer, open_flashinfer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,10 @@ class Accelerator:
         if self.torch_device is not None:
             return CudaGraphs(self.torch_device)
         return None if self.open_driver is None else _compute_again
+
+    def paged(self, config: ModelConfig, block_size: int) -> FlashInfer:
+        assert self.torch_device is not None, "config lets it through for GPUs alone"
+        return open_flashinfer(config, block_size, self.torch_device)
 
     def mark(self) -> Callable[[], bool]:
         """As `comm.peer.Mark`."""

@@ -577,6 +577,7 @@ class ElasticEngine:
                 collectives=config.collectives,
                 packed_folder=config.packed_folder,
                 graphs=config.cuda_graphs,
+                attention=config.attention,
                 strikes=tuple(strike for strike in self._strikes if strike.device == device),
             ),
         )

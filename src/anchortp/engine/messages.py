@@ -24,7 +24,7 @@ class Assign(_Message):
     """Become the worker of `device`: connect to its anchor and take the lease. -> WorkerAttached
 
     `packed_folder`: where weights are kept as arenas hold them (`transfer.packed`); "": nowhere. `graphs`:
-    capture decode steps, on GPUs.
+    capture decode steps, on GPUs. `attention`: "torch" or "flashinfer".
     """
 
     device: str
@@ -42,6 +42,7 @@ class Assign(_Message):
     collectives: str
     packed_folder: str = ""
     graphs: bool = True
+    attention: str = "torch"
     strikes: tuple[Strike, ...] = ()
 
 

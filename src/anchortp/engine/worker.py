@@ -55,6 +55,7 @@ from anchortp.layout import (
 )
 from anchortp.model import DecodeGraphs, Decoder, ForwardBatch, KVCache, WeightViews, check_weights, panels
 from anchortp.model.decoder import Gate
+from anchortp.model.paged import FlashInfer
 from anchortp.plan.plan import FromHost, FromPeer, Move
 from anchortp.recovery.change import arrangement
 from anchortp.state.client import AnchorClient, Arena
@@ -137,6 +138,7 @@ class _Assignment:
     geometry: Geometry
     kv: KVAddresses
     accelerator: Accelerator
+    paged: FlashInfer | None
     anchor: AnchorClient
     probe: FaultProbe
     order: m.Assign
@@ -230,6 +232,8 @@ class Worker:
         self._epoch = order.epoch
         probe = FaultProbe(order.strikes, order.runtime_dir, lambda kind: _inject(order, kind))
         addresses = WeightAddresses(units=units, page_bytes=device.page_bytes)
+        accelerator = Accelerator.of(device)
+        paged = accelerator.paged(config, order.kv_block_size) if order.attention == "flashinfer" else None
         self._assignment = _Assignment(
             device=order.device,
             units=units,
@@ -241,7 +245,8 @@ class Worker:
                 num_blocks=order.kv_blocks,
                 page_bytes=device.page_bytes,
             ),
-            accelerator=Accelerator.of(device),
+            accelerator=accelerator,
+            paged=paged,
             anchor=anchor,
             probe=probe,
             order=order,
@@ -575,7 +580,8 @@ class Worker:
         kv_cache = KVCache(self._mapped(KV_ARENA), a.kv, shard)
         with a.accelerator.placing():
             if self._decoder is None:
-                self._decoder = Decoder(a.units, layout, rank, weights, kv_cache, a.order.max_model_len)
+                views = (weights, kv_cache)
+                self._decoder = Decoder(a.units, layout, rank, *views, a.order.max_model_len, a.paged)
                 capture = a.accelerator.capture() if a.order.graphs else None
                 self._graphs = DecodeGraphs(self._decoder, capture) if capture else None
             else:

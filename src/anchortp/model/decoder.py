@@ -20,6 +20,7 @@ from anchortp.layout import ATTENTION, KV, MLP, VOCAB, Layout, ModelUnits, Shard
 from anchortp.model.batch import DecodeGroup, ForwardBatch, PrefillChunk
 from anchortp.model.kv_cache import KVCache
 from anchortp.model.moe import MoE
+from anchortp.model.paged import Attend, FlashInfer
 from anchortp.model.panels import linear, times
 from anchortp.model.rope import RopeTables
 from anchortp.model.weights import LayerWeights, WeightViews
@@ -79,6 +80,7 @@ class Step:
     opened_blocks: Tensor | None  # None if there are none
     cos: Tensor  # [rows, num_q + 2 * num_kv, head_dim]; the values' rows do not rotate
     sin: Tensor
+    attend: Attend | None  # by blocks where they lie; else decode and prefill say what to gather
     decode: tuple[_Context, ...]
     prefill: tuple[_Context, ...]
 
@@ -94,7 +96,10 @@ class Decoder:
         weights: WeightViews,
         kv_cache: KVCache,
         max_model_len: int,
+        paged: FlashInfer | None = None,
     ):
+        """`paged`: what attends; else torch does, to what it gathers."""
+        self.paged = paged
         self.units = units
         self.config = units.config
         self.dtype = getattr(torch, units.config.dtype)
@@ -146,8 +151,11 @@ class Decoder:
             gate(self.config.num_layers)
         return self.logits(x.index_select(0, batch.sample_rows), group)
 
-    def prepare(self, batch: ForwardBatch) -> Step:
+    def prepare(self, batch: ForwardBatch, attend: Attend | None = None) -> Step:
+        """`attend`: made for this batch already."""
         heads = self._heads
+        if attend is None and self.paged is not None and heads.num_q:
+            attend = self.paged.plan(batch, self.num_heads)
         angles = batch.positions.unsqueeze(1).repeat(1, heads.num_q + 2 * heads.num_kv)
         angles[:, heads.num_q + 1 :: 2] = self._rope.identity
         shape = (*angles.shape, self.config.head_dim)
@@ -156,9 +164,15 @@ class Decoder:
             opened_blocks=batch.opened_blocks if batch.opened_blocks.numel() else None,
             cos=self._rope.cos.index_select(0, angles.flatten()).view(shape),
             sin=self._rope.sin.index_select(0, angles.flatten()).view(shape),
-            decode=tuple(self._context(group, group.valid) for group in batch.decode),
-            prefill=tuple(self._context(chunk, None) for chunk in batch.prefill),
+            attend=attend,
+            decode=() if attend else tuple(self._context(group, group.valid) for group in batch.decode),
+            prefill=() if attend else tuple(self._context(chunk, None) for chunk in batch.prefill),
         )
+
+    @property
+    def num_heads(self) -> tuple[int, int]:
+        """The q heads as `Attend` gets them, as many to each KV head, and the KV heads."""
+        return self._heads.num_kv * self._heads.group, self._heads.num_kv
 
     def _context(self, part: DecodeGroup | PrefillChunk, valid: Tensor | None) -> _Context:
         heads = self._heads
@@ -195,11 +209,15 @@ class Decoder:
             return torch.zeros_like(x)
         projected = self._project(layer, self._norm(x, layer.input_norm))
         turned = (projected * step.cos).addcmul_(projected.roll(self.config.head_dim // 2, -1), step.sin)
-        planes = self._store(self.kv_cache.layer(index), turned[:, heads.num_q :], step)
+        cache = self.kv_cache.layer(index)
+        planes = self._store(cache, turned[:, heads.num_q :], step)
         queries = turned.index_select(1, heads.pick)
-        parts = [self._decode(queries, planes, context) for context in step.decode]
-        parts += [self._prefill(queries, planes, context) for context in step.prefill]
-        attended = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if step.attend is not None:
+            attended = step.attend(queries, cache)
+        else:
+            parts = [self._decode(queries, planes, context) for context in step.decode]
+            parts += [self._prefill(queries, planes, context) for context in step.prefill]
+            attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         if heads.back is not None:
             attended = attended.index_select(1, heads.back)
         return times(attended.reshape(x.shape[0], -1), layer.o)

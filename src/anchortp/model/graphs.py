@@ -18,6 +18,7 @@ from torch import Tensor
 
 from anchortp.model.batch import BatchEntry, DecodeGroup, ForwardBatch
 from anchortp.model.decoder import Decoder, ReduceGroup, Step
+from anchortp.model.paged import Pages
 
 # Runs nothing, or runs it in vain; returns what does to the device all that the work does to it, at the same addresses.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
@@ -136,6 +137,8 @@ class _Bucket:
         self._x = torch.zeros(num_rows, hidden, dtype=decoder.dtype)
         self._partial = torch.zeros(num_rows, hidden, dtype=decoder.dtype)
         self._step: Step | None = None  # what `_begin` made last: once that is captured, the graph writes it
+        paged = decoder.paged if decoder.num_heads[1] else None
+        self._paged = paged.fixed(num_rows, num_rows * num_blocks) if paged else None
         self._segments = [self._begin, *self._halves()]
         self._replays: list[Callable[[], None]] = []  # of the first segments: what is captured so far
 
@@ -155,6 +158,9 @@ class _Bucket:
             blocks[group.start : group.stop, width:] = group.blocks[:, :1]
         blocks[num:] = blocks[0]
         self._inputs.copy_(host)
+        if self._paged is not None:
+            pages = Pages.of(batch.block_size, [(blocks, positions + 1, torch.ones_like(positions))])
+            self._paged.plan(pages, self._decoder.num_heads)
 
     def run(self, group: ReduceGroup) -> Tensor:
         """The residual stream behind the last layer, `[rows, hidden]`."""
@@ -201,7 +207,7 @@ class _Bucket:
             decode=(whole,),
             prefill=(),
         )
-        self._step = self._decoder.prepare(batch)
+        self._step = self._decoder.prepare(batch, self._paged.attend if self._paged else None)
         self._x.zero_()
         self._partial.copy_(self._decoder.embed(token_ids))
 
