@@ -200,7 +200,7 @@ def _decoder_of(folder: str, units: ModelUnits, layout: Layout, rank: int, accel
     load_replicated(checkpoint, host, addresses)
     load_units(checkpoint, host, addresses, [(f, u, slot) for f in units.families for slot, u in enumerate(shard[f])])
     with torch.inference_mode(), accelerator.placing():
-        weights = WeightViews(host.to(torch.get_default_device()), addresses, shard)
+        weights = WeightViews(host.to(accelerator.torch_device or "cpu"), addresses, shard)
         cache = KVCache(torch.full((kv.reserved_bytes,), 0xFF, dtype=torch.uint8), kv, shard)
         return Decoder(units, layout, rank, weights, cache, max_model_len=64)
 

@@ -107,7 +107,7 @@ def test_a_refusal_is_told_and_what_was_pinned_before_is_let_go_of(arena: MemfdA
     pinned = PinnedMapping(arena, CudaVmm(fake, 0), window_bytes=WINDOW)
     pinned.pin([(0, P)])
     fake.failing["cuMemHostRegister"] = 2
-    with pytest.raises(StateError, match="no memory left"):
+    with pytest.raises(StateError, match="host has no memory left"):
         pinned.pin([(WINDOW, 2 * WINDOW)])
     del fake.failing["cuMemHostRegister"]
     pinned.pin([(WINDOW, 2 * WINDOW)])

@@ -302,3 +302,16 @@ def test_what_is_taken(folders, monkeypatch) -> None:
         monkeypatch.setattr(graphs_module, "MAX_TOKENS", 4 * 8 * group.block_size)
         assert graphs.takes(one * 4) and not graphs.takes(one * 5)
         assert graphs.capture_next() is False, "nothing was decoded yet"
+
+
+def test_what_is_for_the_host_is_made_there_whatever_device_is_the_default(folders) -> None:
+    """On a GPU new tensors are made on it, unless they say otherwise."""
+    entries = [Entry(token_ids=(7 + i,), start=5 * i, block_ids=tuple(range(10 * i, 10 * i + 10))) for i in range(3)]
+    with load_group(folders["llama"], 1) as group:
+        batch = ForwardBatch.build(entries, group.block_size)
+        bucket = DecodeGraphs(group.decoders[0], lambda work: work)._bucket((4, 8))
+        with torch.device("meta"):
+            bucket.fill(batch)
+        rows, token_ids, positions, _, blocks = (part.tolist() for part in bucket._parts(bucket._inputs))
+        assert (rows, token_ids, positions) == ([0, 1, 2, 0], [7, 8, 9, 7], [0, 5, 10, 0])
+        assert blocks == [[0] * 8, [10, 11] + [10] * 6, [20, 21, 22] + [20] * 5, [0] * 8]

@@ -19,9 +19,9 @@ from torch import Tensor
 from anchortp import config as config_module
 from anchortp.config import load_model_config, resolve_engine_config
 from anchortp.errors import ConfigError
-from anchortp.model import DecodeGraphs
+from anchortp.model import DecodeGraphs, ForwardBatch
 from anchortp.model.paged import FlashInfer, Pages, as_paged
-from tests.cpu.model_tools import TPGroup, check_group, load_group, make_tiny_model, random_layout
+from tests.cpu.model_tools import Entry, TPGroup, check_group, load_group, make_tiny_model, random_layout
 from tests.cpu.test_model_graphs import Graphed, begin, decode
 from tests.tiny_model import write_model
 
@@ -132,6 +132,20 @@ def test_a_rank_without_heads_plans_nothing(folders) -> None:
         assert [DecodeGraphs(d, lambda work: work)._bucket((1, 8))._paged is None for d in group.decoders] == [
             not shard["attention"] for shard in group.layout.shards
         ]
+
+
+def test_pages_are_made_in_host_memory_whatever_device_is_the_default() -> None:
+    decoding = Entry(token_ids=(1,), start=4, block_ids=(3, 5))
+    prefilled = Entry(token_ids=(1, 2, 3), start=6, block_ids=(9, 8, 7))
+    batch = ForwardBatch.build([prefilled, decoding], 4)
+    with torch.device("meta"):
+        pages = Pages.of_batch(batch)
+    assert [t.tolist() for t in (pages.rows, pages.starts, pages.blocks, pages.last_tokens)] == [
+        [0, 1, 4],
+        [0, 2, 5],
+        [3, 5, 9, 8, 7],
+        [1, 1],
+    ]
 
 
 def test_planes_are_viewed_and_not_copied() -> None:

@@ -93,7 +93,13 @@ class CudaVmm:
 
     def pin(self, address: int, num_bytes: int) -> None:
         flags = self._driver.CU_MEMHOSTREGISTER_PORTABLE | self._driver.CU_MEMHOSTREGISTER_DEVICEMAP
-        self._call_in_context("cuMemHostRegister", address, num_bytes, flags)
+        try:
+            self._call_in_context("cuMemHostRegister", address, num_bytes, flags)
+        except OutOfPhysicalMemory:
+            raise StateError(
+                f"the host has no memory left that GPU {self._index} may use; make the mirror smaller "
+                f"(--kv-mirror-memory)"
+            ) from None
         seen = int(self._call_in_context("cuMemHostGetDevicePointer", address, 0))
         if seen != address:
             self.unpin(address)

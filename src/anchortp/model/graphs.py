@@ -10,6 +10,7 @@ made computes over its buffers without graphs; segments are captured one at a ti
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Callable, Sequence
 
@@ -41,14 +42,18 @@ class CudaGraphs:
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
-        with torch.cuda.stream(self._stream):
-            # Loads make pinned buffers and streams on their threads meanwhile; that must not void the capture. Not
-            # `torch.cuda.graph`: it empties torch's cache of memory at every call.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                work()
-            finally:
-                graph.capture_end()
+        gc.disable()  # a mapping that it collects would wait for the device, which voids a capture
+        try:
+            with torch.cuda.stream(self._stream):
+                # Loads make pinned buffers and streams on their threads meanwhile; that must not void the capture. Not
+                # `torch.cuda.graph`: it empties torch's cache of memory at every call.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    work()
+                finally:
+                    graph.capture_end()
+        finally:
+            gc.enable()
         return graph.replay
 
 
@@ -150,8 +155,7 @@ class _Bucket:
         given = (batch.token_ids, batch.positions, batch.cache_slots)
         for part, values in zip((token_ids, positions, cache_slots), given, strict=True):
             part[:num], part[num:] = values, values[0]
-        rows.zero_()
-        torch.arange(num, out=rows[:num])
+        rows[:num], rows[num:] = torch.arange(num, device="cpu"), 0
         for group in batch.decode:
             width = group.blocks.shape[1]
             blocks[group.start : group.stop, :width] = group.blocks

@@ -95,19 +95,20 @@ class FlashInfer:
         return FixedPlan(lambda pages, num_heads: self._plan(wrapper, pages, num_heads))
 
     def _plan(self, wrapper: Any, pages: Pages, num_heads: tuple[int, int]) -> Attend:
-        wrapper.plan(
-            pages.rows,
-            pages.starts,
-            pages.blocks,
-            pages.last_tokens,
-            num_heads[0],
-            num_heads[1],
-            self._head_dim,
-            self._block_size,
-            causal=True,
-            q_data_type=self._dtype,
-            kv_data_type=self._dtype,
-        )
+        with torch.device("cpu"):  # it does not expect that tensors without a device are made elsewhere
+            wrapper.plan(
+                pages.rows,
+                pages.starts,
+                pages.blocks,
+                pages.last_tokens,
+                num_heads[0],
+                num_heads[1],
+                self._head_dim,
+                self._block_size,
+                causal=True,
+                q_data_type=self._dtype,
+                kv_data_type=self._dtype,
+            )
         return lambda queries, cache: wrapper.run(queries, as_paged(cache, self._block_size))
 
     def _touch(self) -> None:
