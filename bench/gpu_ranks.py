@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import statistics
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
@@ -17,14 +19,21 @@ import torch
 
 from anchortp.arena import round_up
 from anchortp.comm import Group, ShmRegion
+from anchortp.config import load_model_config
 from anchortp.devices import parse_device
 from anchortp.engine.accelerator import GROUPS, Accelerator
+from anchortp.engine.scheduler import ScheduledSeq
+from anchortp.layout import KVAddresses, Layout, ModelUnits, WeightAddresses, initial_layout, model_units
+from anchortp.model import DecodeGraphs, Decoder, ForwardBatch, KVCache, WeightViews
 from anchortp.state.client import AnchorClient
 from anchortp.state.launch import start_anchor
+from anchortp.transfer.checkpoint import Checkpoint
+from anchortp.transfer.loader import load_replicated, load_units
 from anchortp.transfer.tensors import tensor_of
 
 EPOCH = 1
 TIMEOUT_S = 60.0
+BLOCK_SIZE = 4
 
 Program = Callable[..., Any]  # (group, accelerator, *args) in every rank; what it returns is sent back
 
@@ -87,6 +96,18 @@ def run_ranks(
         region.close()
 
 
+def timed(accelerator: Accelerator, repeats: int, work: Callable[[], object]) -> float:
+    """Median seconds of `work`, device included, after one run that warms up."""
+    seconds = []
+    for _ in range(repeats + 1):
+        accelerator.synchronize()
+        began_s = time.perf_counter()
+        work()
+        accelerator.synchronize()
+        seconds.append(time.perf_counter() - began_s)
+    return statistics.median(seconds[1:])
+
+
 def _commit_slots(runtime_dir: Path, devices: tuple[str, ...], slot_bytes: int) -> None:
     for device in devices:
         num_bytes = round_up(2 * slot_bytes, parse_device(device).page_bytes)
@@ -139,3 +160,64 @@ def open_tensor(runtime_dir: str | Path, device: str, name: str, accelerator: Ac
     ):
         client.refresh(arena, EPOCH)
         return tensor_of(arena)
+
+
+def decode_with_and_without_graphs(
+    group: Group, accelerator: Accelerator, folder: str, attention: str = "torch"
+) -> dict[str, float]:
+    """[a rank] Decodes three sequences with one decoder plainly and with another over graphs, captured on the way, and
+    over another library's attention if wanted."""
+    units = model_units(load_model_config(folder))
+    layout = initial_layout(units, [f"cpu:{rank}" for rank in range(group.size)])
+    plain, graphed = (_decoder_of(folder, units, layout, group.rank, accelerator) for _ in range(2))
+    if attention == "flashinfer":
+        graphed.paged = accelerator.paged(units.config, BLOCK_SIZE)
+    capture, num_captured, largest = accelerator.capture(), 0, 0.0
+    assert capture is not None
+    graphs = DecodeGraphs(graphed, capture)
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for step in range(12):
+            seqs = [_token(index, step, generator) for index in range(3)]
+            with accelerator.placing():
+                wanted = plain.forward(ForwardBatch.build(seqs, BLOCK_SIZE), group)
+            batch = ForwardBatch.build(seqs, BLOCK_SIZE)
+            assert graphs.takes(seqs)
+            with accelerator.placing():
+                found = graphs.forward(batch, group)
+                num_captured += graphs.capture_next()
+            if wanted is not None and found is not None:
+                largest = max(largest, float((found - wanted).abs().max()))
+    accelerator.synchronize()
+    return {"num_captured": num_captured, "largest_difference": largest}
+
+
+def _decoder_of(folder: str, units: ModelUnits, layout: Layout, rank: int, accelerator: Accelerator) -> Decoder:
+    shard, addresses = layout.shards[rank], WeightAddresses(units=units)
+    kv = KVAddresses(config=units.config, block_size=BLOCK_SIZE, num_blocks=16)
+    host = torch.zeros(addresses.reserved_bytes, dtype=torch.uint8)
+    checkpoint = Checkpoint.open(Path(folder), units)
+    load_replicated(checkpoint, host, addresses)
+    load_units(checkpoint, host, addresses, [(f, u, slot) for f in units.families for slot, u in enumerate(shard[f])])
+    with torch.inference_mode(), accelerator.placing():
+        weights = WeightViews(host.to(accelerator.torch_device or "cpu"), addresses, shard)
+        cache = KVCache(torch.full((kv.reserved_bytes,), 0xFF, dtype=torch.uint8), kv, shard)
+        return Decoder(units, layout, rank, weights, cache, max_model_len=64)
+
+
+def _token(index: int, step: int, generator: torch.Generator) -> ScheduledSeq:
+    """The next token of a sequence: random, the same on every rank."""
+    return ScheduledSeq(
+        request_id=str(index),
+        token_ids=(int(torch.randint(250, (), generator=generator)),),
+        start=step,
+        position=step + 1,
+        block_ids=tuple(range(5 * index, 5 * index + 5)),
+        sample=True,
+        temperature=0.0,
+        top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        seed=0,
+        logprobs=None,
+    )

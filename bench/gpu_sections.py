@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -23,12 +22,18 @@ from typing import Any
 
 import torch
 
+from anchortp.arena import MemfdArena
+from anchortp.config import parse_model_config
 from anchortp.devices import parse_device
 from anchortp.engine.accelerator import Accelerator
+from anchortp.engine.kv_blocks import KVBlocks
+from anchortp.engine.mirror_addresses import MirrorAddresses
+from anchortp.layout import KVAddresses
 from anchortp.state.client import AnchorClient
 from anchortp.state.process import open_pidfd, wait_gone
 from anchortp.transfer.tensors import tensor_of
-from bench.gpu_ranks import EPOCH, TIMEOUT_S, anchors, run_ranks
+from bench.gpu_ranks import EPOCH, TIMEOUT_S, anchors, decode_with_and_without_graphs, run_ranks, timed
+from tests.tiny_model import TINY, write_model
 
 GIB = 1 << 30
 
@@ -43,10 +48,29 @@ class Scale:
     hidden: int
     model: dict[str, Any]
     tokens: int
+    large_model: dict[str, Any]
+    large_tokens: int
+    large_memory_bytes: int
 
     def device(self, part: int) -> str:
         return f"{self.kind}:0/{part}"
 
+
+QWEN3_8B = {  # its config.json
+    "model_type": "qwen3",
+    "num_hidden_layers": 36,
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 12288,
+    "vocab_size": 151936,
+    "tie_word_embeddings": False,
+    "dtype": "bfloat16",
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+}
 
 # The engine's model on a GPU: 8 layers with the widths of a 1 B model, 1.1 GB in bf16, made up on the spot.
 SCALES = {
@@ -67,21 +91,22 @@ SCALES = {
             "max_position_embeddings": 2048,
         },
         tokens=256,
+        large_model=QWEN3_8B,
+        large_tokens=160,
+        large_memory_bytes=19 * GIB,  # also for the engine of one; committed as it is used
     ),
-    "sim": Scale(kind="sim", arena_bytes=16 << 20, repeats=2, hidden=64, model={}, tokens=120),
+    "sim": Scale(
+        kind="sim",
+        arena_bytes=16 << 20,
+        repeats=2,
+        hidden=64,
+        model={},
+        tokens=120,
+        large_model={"tie_word_embeddings": False},
+        large_tokens=60,
+        large_memory_bytes=1 << 28,
+    ),
 }
-
-
-def timed(accelerator: Accelerator, repeats: int, work: Callable[[], object]) -> float:
-    """Median seconds of `work`, device included, after one run that warms up."""
-    seconds = []
-    for _ in range(repeats + 1):
-        accelerator.synchronize()
-        began_s = time.perf_counter()
-        work()
-        accelerator.synchronize()
-        seconds.append(time.perf_counter() - began_s)
-    return statistics.median(seconds[1:])
 
 
 def memory(scale: Scale, runtime_dir: Path) -> dict[str, Any]:
@@ -105,6 +130,7 @@ def memory(scale: Scale, runtime_dir: Path) -> dict[str, Any]:
         client.decommit("weights", [(0, size // 2)], EPOCH)
         result["recommit_half_s"] = _seconds(lambda: client.commit("weights", [(0, size // 2)], EPOCH))
         client.refresh(arena, EPOCH)
+        result |= _mirror_rates(scale, accelerator)
         result |= _bandwidths(scale, accelerator, whole, runtime_dir, devices[1])
         result["reexport_of_imported"] = _reexport(arena)
         del whole
@@ -142,6 +168,33 @@ def _bandwidths(
     copies["kernel_on_arena_read_write"] = lambda: words.add_(1)
     copies["kernel_on_torch_memory_read_write"] = lambda: plain_words.add_(1)
     return {f"{name}_bytes_per_s": half / timed(accelerator, scale.repeats, copy) for name, copy in copies.items()}
+
+
+def _mirror_rates(scale: Scale, accelerator: Accelerator) -> dict[str, float]:
+    """KV blocks to and from registered host memory, as a recovery copies them; the bytes are compared."""
+    kv = KVAddresses(config=parse_model_config(TINY | scale.model), block_size=16, num_blocks=64)
+    slots = MirrorAddresses(kv=kv, num_slots=64)
+    heads = tuple(range(kv.config.num_kv_heads // 2))
+    cache = torch.randint(0, 256, (kv.reserved_bytes,), dtype=torch.uint8, device=accelerator.torch_device)
+    restored = torch.zeros_like(cache)
+    blocks = KVBlocks(cache, kv, heads)
+    pairs = [(block, (17 * block) % 64) for block in range(64)]  # no two are neighbours on both sides
+    with MemfdArena.create("mirror", slots.reserved_bytes) as arena:
+        pinned = accelerator.pinned(arena)
+    assert pinned is not None
+    pin_s = _seconds(lambda: pinned.pin([(0, slots.reserved_bytes)]))
+    mirror = tensor_of(pinned)
+    save_s = timed(accelerator, scale.repeats, lambda: blocks.save(mirror, pairs, heads))
+    again = KVBlocks(restored, kv, heads)
+    restore_s = timed(accelerator, scale.repeats, lambda: again.restore(mirror, pairs, heads))
+    ranges = kv.slot_ranges(0, len(heads), 0, kv.num_blocks)
+    num_bytes = len(pairs) * len(heads) * kv.block_bytes
+    return {
+        "mirror_pin_bytes_per_s": slots.reserved_bytes / pin_s,
+        "mirror_save_bytes_per_s": num_bytes / save_s,
+        "mirror_restore_bytes_per_s": num_bytes / restore_s,
+        "mirror_is_whole": all(torch.equal(cache[a:b], restored[a:b]) for a, b in ranges),
+    }
 
 
 def _reexport(arena: Any) -> str:
@@ -256,6 +309,10 @@ def collectives(scale: Scale, runtime_dir: Path) -> dict[str, Any]:
                 program = (_reduce_latency, scale.hidden, 100 * scale.repeats)
                 (first, *_) = run_ranks(kind, runtime_dir, devices, slot_bytes, *program)
                 result[f"{kind}, {num_ranks} ranks"] = first
+    folder = str(write_model(runtime_dir / "model"))
+    with anchors(runtime_dir, devices[:2], 256 << 20):
+        graphs = run_ranks("peer", runtime_dir, devices[:2], 1 << 20, decode_with_and_without_graphs, folder)
+    result["decode steps as graphs"] = graphs[0]
     if scale.kind == "cuda":
         with anchors(runtime_dir, (scale.device(0),), 64 << 20):
             alone = run_ranks("nccl", runtime_dir, (scale.device(0),), 1 << 20, _nccl_alone)
@@ -295,7 +352,20 @@ def engine(scale: Scale, runtime_dir: Path) -> dict[str, Any]:
     return run_engine(scale, runtime_dir)
 
 
-SECTIONS = {"memory": memory, "survival": survival, "collectives": collectives, "engine": engine}
+def qwen3_8b(scale: Scale, runtime_dir: Path) -> dict[str, Any]:
+    """The numbers of a dense model with Qwen3-8B's shapes (16.4 GB of random weights)."""
+    from bench.gpu_engine import run_numbers
+
+    return run_numbers(scale, runtime_dir)
+
+
+SECTIONS = {
+    "memory": memory,
+    "survival": survival,
+    "collectives": collectives,
+    "engine": engine,
+    "qwen3_8b": qwen3_8b,
+}
 
 
 def _last_json(done: subprocess.CompletedProcess[str]) -> dict[str, Any]:

@@ -41,17 +41,17 @@ from bench.common import conditions, console, finish
 BLOCK = 16
 GROUP_TIMEOUT_S = 300.0
 PHASES = {  # method of the decoder -> what it is called here
-    "_prepare": "prepare",
-    "_embed": "embed",
+    "prepare": "prepare",
+    "embed": "embed",
     "_norm": "norms",
     "_project": "q, k, v",
-    "_attention": "rope, o",
+    "attention": "rope, o",
     "_store": "store KV",
     "_gather": "gather KV",
     "_decode": "attend",
     "_prefill": "attend",
-    "_mlp": "mlp",
-    "_logits": "lm_head",
+    "mlp": "mlp",
+    "logits": "lm_head",
 }
 COLLECTIVES = "collectives"  # the wait for the slowest rank included
 

@@ -185,7 +185,8 @@ class Worker:
 
     def _pack(self, order: Pack) -> None:
         self.packed = PackedWeights(order.path, self.geometry)
-        packer = Packer(self.packed, self.geometry, order.shard, self.buffer, pace=1.0)
+        view = memoryview(self.buffer.numpy())
+        packer = Packer(self.packed, self.geometry, order.shard, lambda start, stop: view[start:stop], pace=1.0)
         packer.start()
         packer.join()
 

@@ -26,6 +26,12 @@ class FakeCuda:
         self.failing: dict[str, int] = {}  # call -> the code that it fails with
         self.without_context: list[str] = []
         self.current: object = None
+        self.device_offset = 0  # of host memory, as the device sees it
+
+    @property
+    def host_memory(self) -> dict[int, int]:
+        """What is registered: address -> size."""
+        return self._sim.pinned
 
     def __getattr__(self, name: str) -> Any:
         """A type of the package, or a call that is checked, then answered by `_cu...` here."""
@@ -109,6 +115,18 @@ class FakeCuda:
         assert len(access) == count == 1 and isinstance(access[0], self._real.CUmemAccessDesc)
         assert access[0].flags == self._real.CUmemAccess_flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE
         self._sim.allow(address, size)
+
+    def _cuMemHostRegister(self, address, size, flags):
+        assert flags == 3, "usable in every context, and by kernels"
+        self._sim.pin(address, size)
+
+    def _cuMemHostGetDevicePointer(self, address, flags):
+        assert flags == 0 and address in self._sim.pinned
+        return self._real.CUdeviceptr(address + self.device_offset)
+
+    def _cuMemHostUnregister(self, address):
+        assert self.current is not None
+        self._sim.unpin(address)
 
     def _cuMemsetD8(self, address, byte, size):
         self._sim.fill(address, size, byte)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -48,6 +49,39 @@ def write_model(folder: Path, seed: int = 0, **changes) -> Path:
     (folder / "config.json").write_text(json.dumps(raw))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
+
+
+# No multiple of a row: rows that are alike would give logits that are alike.
+NOISE_ELEMENTS = (1 << 24) + 3
+
+
+def write_repetitive_model(folder: Path, seed: int = 0, **changes) -> Path:
+    """As `write_model`, a shard per layer, for models that are larger than memory and time allow to make up: all
+    matrices are pieces of one stretch of noise, from different places on."""
+    raw = TINY | changes
+    units = model_units(parse_model_config(raw))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(NOISE_ELEMENTS, generator=generator).mul_(0.2).to(getattr(torch, units.config.dtype))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(raw))
+    shards: dict[str, dict[str, torch.Tensor]] = {}
+    index: dict[str, str] = {}
+    for name, shape in units.stored_tensors():
+        layer = re.search(r"layers\.(\d+)\.", name)
+        file = index[name] = f"model-{layer[1] if layer else 'rest'}.safetensors"
+        shards.setdefault(file, {})[name] = torch.empty(shape, dtype=noise.dtype, device="meta")
+    for file, tensors in shards.items():
+        made = {name: _piece_of(noise, meta.shape, generator) for name, meta in tensors.items()}
+        save_file(made, folder / file, metadata={"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+def _piece_of(noise: torch.Tensor, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    start = int(torch.randint(noise.numel(), (), generator=generator))
+    num_times = -(-(start + shape.numel()) // noise.numel())
+    piece = noise.repeat(num_times)[start : start + shape.numel()].view(shape)
+    return piece.clone() if len(shape) > 1 else piece * 0.5 + 1  # norms are vectors
 
 
 class Oracle:

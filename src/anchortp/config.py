@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -13,6 +14,7 @@ from anchortp.devices import Device, check_engine_devices, parse_device
 from anchortp.errors import ConfigError, UnsupportedModel
 
 DType = Literal["bfloat16", "float32"]
+FLASHINFER_HEAD_DIMS = (64, 128, 256)  # that it is compiled for
 _CACHE_LINE_BYTES = 64  # to which slots are rounded up
 
 DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4}
@@ -289,6 +291,8 @@ class EngineConfig:
     plan_policy: Literal["makespan", "units", "cmm", "greedy"] = "makespan"
     eplb: bool = True  # of a mixture of experts: replicate hot ones where memory allows
     eplb_interval_s: float = 10.0
+    attention: Literal["torch", "flashinfer"] = "torch"
+    cuda_graphs: bool = True  # on GPUs decode steps are captured and replayed
     pipelined_load: bool = True  # a layer computes when its weights are there
     speeds: tuple[tuple[str, float], ...] = ()
     min_step_deadline_s: float = 2.0
@@ -340,6 +344,7 @@ def resolve_engine_config(
     max_batch_tokens: int = 512,
     kv_block_size: int = 16,
     collectives: str = "auto",
+    attention: str = "torch",
     **more: Any,
 ) -> EngineConfig:
     """Resolves what was left open from the model and this machine, and freezes it.
@@ -349,6 +354,7 @@ def resolve_engine_config(
     but at most 8192. `kv_tokens`: every sequence at full length. `kv_mirror`: "host" or "off"; `kv_mirror_bytes`:
     room for the whole KV cache, but at most a tenth of the free memory. `expert_cut`: see `MoEConfig.cut`.
     `collectives`: shared memory on the host; on GPUs NCCL, and memory that all map where devices share a GPU.
+    `attention`: torch's kernels on gathered blocks, or on GPUs the package FlashInfer.
     Raises ConfigError.
     """
     model = load_model_config(model_folder, dtype, expert_cut)
@@ -368,6 +374,7 @@ def resolve_engine_config(
     kv_tokens = kv_tokens or max_num_seqs * max_model_len
     if kv_tokens < max_model_len:
         raise ConfigError(f"kv_tokens is {kv_tokens}; one sequence alone may take {max_model_len} (max_model_len).")
+    _check_attention(attention, model, parsed[0].kind)
     cores = len(os.sched_getaffinity(0))
     kv_blocks = -(-kv_tokens // kv_block_size)
     return EngineConfig(
@@ -375,6 +382,7 @@ def resolve_engine_config(
         runtime_dir=str(runtime_dir),
         model=model,
         devices=devices,
+        attention=attention,  # type: ignore[arg-type]
         device_memory_bytes=device_memory_bytes or int(0.8 * _available_bytes() / len(devices)),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -398,6 +406,23 @@ def _resolve_collectives(collectives: str, devices: tuple[Device, ...]) -> str:
         choices = ", ".join(name for name in fitting if not (share and name == "nccl"))
         raise ConfigError(f"collectives {collectives!r}: {why}; choose auto, or one of {choices}.")
     return collectives
+
+
+def _check_attention(attention: str, model: ModelConfig, kind: str) -> None:
+    if attention not in ("torch", "flashinfer"):
+        raise ConfigError(f"attention is {attention!r}; choose 'torch' or 'flashinfer'.")
+    if attention == "torch":
+        return
+    why = ""
+    if kind != "cuda":
+        why = f"the devices are of kind {kind}"
+    elif model.dtype != "bfloat16" or model.head_dim not in FLASHINFER_HEAD_DIMS:
+        dims = ", ".join(map(str, FLASHINFER_HEAD_DIMS))
+        why = f"heads are of {model.head_dim} in {model.dtype}, and it serves heads of {dims} in bfloat16"
+    elif importlib.util.find_spec("flashinfer") is None:
+        why = "the package flashinfer-python is not installed"
+    if why:
+        raise ConfigError(f"attention 'flashinfer' cannot be used: {why}; choose 'torch'.")
 
 
 def reads_panels() -> bool:

@@ -10,6 +10,7 @@ import torch
 from anchortp.layout import empty_shard, initial_layout
 from anchortp.transfer import sources, work
 from anchortp.transfer.checksum import digest
+from anchortp.transfer.device import DeviceDestination
 from anchortp.transfer.executor import Loaded
 from anchortp.transfer.packed import PackedWeights, Packer, is_packed
 from anchortp.transfer.sources import HostSource
@@ -43,7 +44,8 @@ def shard_of(bench):
 
 
 def fill(bench, packed):
-    packer = Packer(packed, bench.geometry, shard_of(bench), bench.fill("cpu:0", shard_of(bench)), pace=1.0)
+    buffer = bench.fill("cpu:0", shard_of(bench))
+    packer = Packer(packed, bench.geometry, shard_of(bench), DeviceDestination(buffer).view, pace=1.0)
     packer.start()
     packer.join()
 
@@ -114,7 +116,7 @@ def test_a_file_that_was_cut_off_is_as_good_as_empty(bench, packed, tmp_path):
 
 def test_stop_ends_the_packer(bench, packed):
     buffer = bench.fill("cpu:0", shard_of(bench))
-    packer = Packer(packed, bench.geometry, shard_of(bench), buffer, pace=1e-6)
+    packer = Packer(packed, bench.geometry, shard_of(bench), DeviceDestination(buffer).view, pace=1e-6)
     packer.start()
     packer.stop()
     assert not packer._thread.is_alive()

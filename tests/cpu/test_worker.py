@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from anchortp.arena import IntervalSet, MemfdArena, round_down, round_up
+from anchortp.arena import IntervalSet, MemfdArena, PinnedMapping, round_down, round_up
+from anchortp.arena.sim import SimVmm
 from anchortp.config import load_model_config
 from anchortp.devices import parse_device
 from anchortp.engine import messages as m
 from anchortp.engine import worker as worker_module
 from anchortp.engine.accelerator import Accelerator
 from anchortp.engine.faults import FaultProbe, Strike, fired_strikes
+from anchortp.engine.mirror_addresses import MirrorAddresses
 from anchortp.engine.worker import Worker
 from anchortp.errors import ChannelClosed, ChannelTimeout
 from anchortp.layout import KV, KVAddresses, empty_shard
@@ -121,3 +124,101 @@ def test_pages_of_the_blocks_that_will_come_are_made_ready_and_no_others(tmp_pat
         worker._pages_ahead(after, after, blocks, 2)()
         assert arena.committed_ranges() == list(wanted), "no plane is new"
         assert not torch.frombuffer(arena.map(), dtype=torch.uint8).any()
+
+
+def test_a_save_is_answered_when_its_copies_are_made(monkeypatch):
+    """On a GPU they are made behind the steps; here two marks say how far it has got."""
+    done = {"first": False, "second": False}
+    names = iter(done)
+    worker, channel = worker_of(Anchor(ChannelClosed("gone")))
+
+    def mark():
+        name = next(names)
+        return lambda: done[name]
+
+    worker._assignment.accelerator = SimpleNamespace(mark=mark, synchronize=lambda: done.update(second=True))
+    monkeypatch.setattr(worker, "_mirror", lambda mirror_id, pairs: "mirror")
+    monkeypatch.setattr(worker, "_blocks", lambda heads: SimpleNamespace(save=lambda mirror, pairs, heads: None))
+    for ticket in (1, 2):
+        worker._save_blocks(m.SaveBlocks(epoch=-1, ticket=ticket, heads=[0], pairs=[(3, 0)], mirror_id="one"))
+    assert channel.sent == []
+    done["first"] = True
+    worker._answer_saves()
+    assert channel.sent == [m.BlocksSaved(ticket=1, ok=True)]
+    worker._leave(m.LeaveEpoch(epoch=7))
+    assert channel.sent[1:] == [m.BlocksSaved(ticket=2, ok=True), m.EpochLeft(epoch=7)]
+
+
+def test_a_worker_with_saves_under_way_does_not_wait_for_a_message_to_answer_them(monkeypatch):
+    monkeypatch.setattr(worker_module, "SAVE_POLL_S", 0.0)
+    reached, timeouts = iter([False, False, True]), []
+
+    class Silent(Channel):
+        def recv(self, timeout_s):
+            timeouts.append(timeout_s)
+            if self.sent:
+                raise ChannelClosed("the end")
+            raise ChannelTimeout("silence")
+
+    channel = Silent()
+    worker = Worker(channel)
+    worker._saves.append((5, lambda: next(reached)))
+    with pytest.raises(ChannelClosed):
+        worker.serve()
+    assert channel.sent == [m.BlocksSaved(ticket=5, ok=True)]
+    assert timeouts == [0.0, 0.0, worker_module.IDLE_TIMEOUT_S]
+
+
+def test_the_mirror_is_pinned_where_a_device_has_memory_of_its_own(monkeypatch, tmp_path):
+    """Slots are registered before they are used, and no others; another host anchor's arena is another mapping."""
+    config = load_model_config(write_model(tmp_path / "model"))
+    kv = KVAddresses(config=config, block_size=1024, num_blocks=8)
+    slots = MirrorAddresses(kv=kv, num_slots=64)
+    monkeypatch.setattr(PinnedMapping.__init__, "__kwdefaults__", {"window_bytes": slots.slot_bytes})
+    worker, _ = worker_of(Anchor())
+    worker._assignment.kv = kv
+    driver = SimVmm()
+    worker._assignment.accelerator = Accelerator(torch_device=None, open_driver=lambda: driver)
+    with MemfdArena.create("kv-mirror", slots.reserved_bytes) as arena:
+        monkeypatch.setattr(worker, "_open", lambda *_: contextlib.nullcontext(arena))
+        memory = worker._mirror("one", [(7, 2), (5, 40)])
+        base = memory.data_ptr()
+        assert {(at - base) // slots.slot_bytes for at in driver.pinned} == {2, 40}
+        assert worker._mirror("one", [(7, 2)]) is memory
+        del memory
+        worker._mirror("two", [(1, 3)])
+        assert len(driver.pinned) == 1
+        worker._mapped_mirror = None
+        assert driver.pinned == {}
+
+
+def test_a_step_whose_weights_are_on_their_way_is_computed_without_graphs(monkeypatch):
+    """And so is one that the graphs do not take; the batch for graphs is made in host memory, the other's where it is
+    computed."""
+    worker, _ = worker_of(Anchor())
+    placed = []
+
+    @contextlib.contextmanager
+    def placing():
+        placed.append(True)
+        yield
+        placed.pop()
+
+    worker._assignment.accelerator = SimpleNamespace(placing=placing)
+    worker._assignment.order = SimpleNamespace(kv_block_size=16)
+    worker._group = "group"
+    worker._graphs = SimpleNamespace(takes=lambda seqs: seqs == ["one"], forward=lambda batch, group: ("graphs", batch))
+    worker._decoder = SimpleNamespace(forward=lambda batch, group, gate: ("plain", batch, gate))
+    batch_of = SimpleNamespace(build=lambda seqs, block_size: (*seqs, "on device" if placed else "in host memory"))
+    monkeypatch.setattr(worker_module, "ForwardBatch", batch_of)
+    assert worker._forward(["one"], None) == ("graphs", ("one", "in host memory"))
+    assert worker._forward(["other"], None) == ("plain", ("other", "on device"), None)
+    assert worker._forward(["one"], "gate") == ("plain", ("one", "on device"), "gate")
+    worker._graphs = None
+    assert worker._forward(["one"], None) == ("plain", ("one", "on device"), None)
+
+
+def test_who_captures_steps():
+    assert Accelerator.of(parse_device("cpu:0")).capture() is None
+    capture = Accelerator.of(parse_device("sim:0/0")).capture()
+    assert capture is not None and capture(print) is print

@@ -145,16 +145,16 @@ def around(
 # -------------------------------------------------------------------------------------- the mirror and peers
 
 
-@pytest.mark.parametrize("kv_mirror", ["host", "off"])
-def test_the_only_copy_of_a_kv_head_is_lost(folder, kv_mirror):
-    with kv_engine(folder, 2, kv_mirror=kv_mirror) as driver:
+@pytest.mark.parametrize(("kv_mirror", "kind"), [("host", "cpu:"), ("host", "sim:0/"), ("off", "cpu:")])
+def test_the_only_copy_of_a_kv_head_is_lost(folder, kv_mirror, kind):
+    with kv_engine(folder, 2, kv_mirror=kv_mirror, kind=kind) as driver:
         streams = speak(driver, 4, length=160, num_tokens=150)
         if kv_mirror == "host":
             wait_mirrored(driver, 4 * 160 // BLOCK)
-        driver.inject("cpu:1", "lost")
+        driver.inject(f"{kind}1", "lost")
         check_all(streams)
         episode = last_episode(driver, 2)
-        assert episode["devices_lost"] == ["cpu:1"]
+        assert episode["devices_lost"] == [f"{kind}1"]
         moved = episode["bytes"]
         if kv_mirror == "host":
             assert episode["kv"] == "mirrored"

@@ -38,8 +38,12 @@ def test_every_measurement_runs_on_simulated_devices(tmp_path):
     )
     figures = {name: part["figures"] for name, part in result["parts"].items()}
     assert figures["memory"]["num_chunks"] == 256 and figures["memory"]["peer_arena_to_arena_bytes_per_s"] > 0
+    assert figures["memory"]["mirror_is_whole"] is True and figures["memory"]["mirror_save_bytes_per_s"] > 0
     assert figures["survival"]["sigkill"]["bytes_whole"] is True
-    assert set(figures["collectives"]) == {f"{kind}, {num} ranks" for kind in ("peer", "shm") for num in (2, 4)}
+    graphs, *reduces = sorted(figures["collectives"])
+    assert figures["collectives"][graphs]["num_captured"] == 5
+    assert figures["collectives"][graphs]["largest_difference"] < 1e-3
+    assert set(reduces) == {f"{kind}, {num} ranks" for kind in ("peer", "shm") for num in (2, 4)}
     for kind in ("lost", "crash"):
         struck = figures["engine"][kind]
         assert struck["failed"] == [] and struck["same_answers"] == struck["num_answers"] == 8
@@ -47,3 +51,20 @@ def test_every_measurement_runs_on_simulated_devices(tmp_path):
     (report,) = tmp_path.glob("*.md")
     assert "| peer, 2 ranks: 16x64_bf16_s |" in report.read_text() and report.name in told
     assert json.loads(report.with_suffix(".json").read_text()) == result
+
+
+def test_the_numbers_of_a_large_model_come_with_their_floors(tmp_path):
+    result, told = gpu_check("--kind", "sim", "--reports", str(tmp_path), "--parts", "qwen3_8b")
+    figures = result["parts"]["qwen3_8b"]["figures"]
+    for width in ("width 1", "width 1 without graphs"):
+        assert 0 < figures[width]["roofline_1_share"] < 1
+    # 2 layers of q and o [96, 64], k and v [32, 64], gate, up and down [128, 64] and two norms; the last norm and the
+    # lm_head [259, 64]; keys and values of 2 heads of 16 for the prompt of 32 and half of 60 tokens; all float32.
+    weights = 2 * (64 * (2 * 96 + 2 * 32 + 3 * 128) + 2 * 64) + 64 + 259 * 64
+    assert figures["width 1"]["decode_step_bytes"] == 4 * (weights + 2 * 2 * 2 * 16 * (32 + 30))
+    lost, crash = figures["width 4"]["lost"], figures["width 4"]["crash"]
+    assert lost["moved_over_lost_ratio"] == 1.0 and crash["bytes"]["loaded"] == 0
+    assert lost["floor_s"] == lost["bytes"]["lost"] / figures["ceilings"]["host_to_device_bytes_per_s"]
+    assert lost["tfs_s"] >= lost["floor_s"] and figures["restart_over_lost_ratio"] > 1
+    assert lost["failed"] == crash["failed"] == []
+    assert figures["packed_bytes"] > 0 and "tfs_over_floor_ratio" in told

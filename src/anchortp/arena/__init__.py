@@ -4,6 +4,7 @@
 - `memfd`: an arena in host memory: reserve the full size, commit on use, grow, give back
 - `vmm`: an arena of chunks, through a GPU driver's virtual-memory calls; `cuda` makes the calls, `sim` answers
   them from host memory
+- `pinned`: an arena in host memory, mapped for a GPU
 - `dlpack`: a tensor over given memory
 """
 
@@ -11,6 +12,7 @@ from collections.abc import Callable
 
 from anchortp.arena.intervals import IntervalSet
 from anchortp.arena.memfd import PAGE_BYTES, MemfdArena, round_down, round_up
+from anchortp.arena.pinned import PinnedMapping
 from anchortp.arena.vmm import ChunkPool, OutOfPhysicalMemory, VmmArena, VmmDriver, VmmMapping
 from anchortp.devices import Device
 
@@ -20,6 +22,7 @@ __all__ = [
     "IntervalSet",
     "MemfdArena",
     "OutOfPhysicalMemory",
+    "PinnedMapping",
     "VmmArena",
     "VmmDriver",
     "VmmMapping",

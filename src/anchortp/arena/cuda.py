@@ -91,6 +91,26 @@ class CudaVmm:
         self._call_in_context("cuMemsetD8", address, byte, num_bytes)
         self.synchronize()
 
+    def pin(self, address: int, num_bytes: int) -> None:
+        flags = self._driver.CU_MEMHOSTREGISTER_PORTABLE | self._driver.CU_MEMHOSTREGISTER_DEVICEMAP
+        try:
+            self._call_in_context("cuMemHostRegister", address, num_bytes, flags)
+        except OutOfPhysicalMemory:
+            raise StateError(
+                f"the host has no memory left that GPU {self._index} may use; make the mirror smaller "
+                f"(--kv-mirror-memory)"
+            ) from None
+        seen = int(self._call_in_context("cuMemHostGetDevicePointer", address, 0))
+        if seen != address:
+            self.unpin(address)
+            raise StateError(
+                f"GPU {self._index} sees host memory at other addresses than the host; turn the mirror off "
+                f"(--kv-mirror off)"
+            )
+
+    def unpin(self, address: int) -> None:
+        self._call_in_context("cuMemHostUnregister", address)
+
     def synchronize(self) -> None:
         self._call_in_context("cuCtxSynchronize")
 

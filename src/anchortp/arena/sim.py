@@ -46,6 +46,7 @@ class SimVmm:
         self.granule_bytes = granule_bytes
         self.dlpack_device = (dlpack.CPU, 0)
         self._room_bytes = capacity_bytes
+        self.pinned: dict[int, int] = {}  # host memory: address -> size
 
     def create(self) -> int:
         if self._room_bytes is not None:
@@ -86,6 +87,18 @@ class SimVmm:
 
     def fill(self, address: int, num_bytes: int, byte: int) -> None:
         ctypes.memset(address, byte, num_bytes)
+
+    def pin(self, address: int, num_bytes: int) -> None:
+        """Refuses what a driver refuses: odd ends, and memory that is pinned already."""
+        if address % mmap.PAGESIZE or num_bytes % mmap.PAGESIZE or num_bytes <= 0:
+            raise StateError(f"host memory is pinned in whole pages, not {num_bytes} bytes at {address:#x}")
+        if any(address < at + size and at < address + num_bytes for at, size in self.pinned.items()):
+            raise StateError(f"{num_bytes} bytes at {address:#x} are pinned already, in part or all of them")
+        self.pinned[address] = num_bytes
+
+    def unpin(self, address: int) -> None:
+        if self.pinned.pop(address, None) is None:
+            raise StateError(f"nothing is pinned at {address:#x}")
 
     def synchronize(self) -> None:
         """Everything here is done when its call returns."""

@@ -95,6 +95,17 @@ class VmmDriver(Protocol):
         """Overwrites, and returns when it is done."""
         ...
 
+    def pin(self, address: int, num_bytes: int) -> None:
+        """Lets the device use a page-aligned range of this process's host memory, at the address that it has here.
+
+        Every page of it is committed and stays where it is. No byte may be pinned twice.
+        """
+        ...
+
+    def unpin(self, address: int) -> None:
+        """The inverse of `pin`, before the range is unmapped. Nothing may be running that uses it."""
+        ...
+
     def synchronize(self) -> None:
         """Returns when nothing that this process has started on the device still runs."""
         ...

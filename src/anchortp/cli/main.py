@@ -41,6 +41,11 @@ class KVMirror(StrEnum):
     off = "off"
 
 
+class AttentionBy(StrEnum):
+    torch = "torch"
+    flashinfer = "flashinfer"
+
+
 class WeightsLayout(StrEnum):
     auto = "auto"
     plain = "plain"
@@ -105,6 +110,10 @@ def serve(
     ] = PlanPolicy.makespan,
     eplb: Annotated[bool, typer.Option(help="Of a mixture of experts: replicate hot ones where memory allows.")] = True,
     eplb_interval: Annotated[float, typer.Option(help="Seconds between two looks at the experts' load.")] = 10.0,
+    attention: Annotated[AttentionBy, typer.Option(help="flashinfer: where it is installed, on GPUs.")] = (
+        AttentionBy.torch
+    ),
+    cuda_graphs: Annotated[bool, typer.Option(help="On GPUs: capture decode steps and replay them.")] = True,
     pipelined_load: Annotated[
         bool, typer.Option(help="Compute the first layers while the last are still loaded.")
     ] = True,
@@ -162,6 +171,8 @@ def serve(
         plan_policy=plan_policy.value,
         eplb=eplb,
         eplb_interval_s=eplb_interval,
+        attention=attention.value,
+        cuda_graphs=cuda_graphs,
         pipelined_load=pipelined_load,
         packed_folder=str(cache_folder() / "packed") if packed_weights else "",
         speeds=serving.parse_speeds(speed or []),

@@ -10,10 +10,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from anchortp.arena import VmmDriver, driver_of
+from anchortp.arena import MemfdArena, PinnedMapping, VmmDriver, driver_of
 from anchortp.comm import GlooGroup, Group, NcclGroup, PeerGroup, ShmGroup, ShmRegion, StagedGroup
 from anchortp.comm.peer import mark_stream
+from anchortp.config import ModelConfig
 from anchortp.devices import Device
+from anchortp.model import Capture, CudaGraphs
+from anchortp.model.paged import FlashInfer, open_flashinfer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +57,27 @@ class Accelerator:
         if self.torch_device is not None:
             torch.cuda.synchronize(self.torch_device)
 
+    def pinned(self, arena: MemfdArena) -> PinnedMapping | None:
+        """Host memory as this device can use it; None where the device is the host."""
+        return None if self.open_driver is None else PinnedMapping(arena, self.open_driver())
+
+    def capture(self) -> Capture | None:
+        """How decode steps become graphs; None where launches cost nothing. A simulated GPU computes all anew."""
+        if self.torch_device is not None:
+            return CudaGraphs(self.torch_device)
+        return None if self.open_driver is None else _compute_again
+
+    def paged(self, config: ModelConfig, block_size: int) -> FlashInfer:
+        assert self.torch_device is not None, "config lets it through for GPUs alone"
+        return open_flashinfer(config, block_size, self.torch_device)
+
     def mark(self) -> Callable[[], bool]:
         """As `comm.peer.Mark`."""
         return mark_stream() if self.torch_device is not None else _reached
+
+
+def _compute_again(work: Callable[[], None]) -> Callable[[], None]:
+    return work
 
 
 def _reached() -> bool:

@@ -592,6 +592,8 @@ class ElasticEngine:
                 num_threads=config.threads_per_worker,
                 collectives=config.collectives,
                 packed_folder=config.packed_folder,
+                graphs=config.cuda_graphs,
+                attention=config.attention,
                 strikes=tuple(strike for strike in self._strikes if strike.device == device),
             ),
         )

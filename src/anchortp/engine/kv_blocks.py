@@ -28,8 +28,9 @@ class KVBlocks:
     `buffer`: the arena from its first byte, 1-D uint8. `heads`: the device's KV heads in slot order.
 
     Every method copies all layers, keys and values, returns how many bytes that were, and touches no other byte
-    of its destination; when it returns, the bytes are there. Pairs may come in any order; those that run in step
-    on both sides are the cheapest. Writing to a page that was never touched commits it, which takes the kernel
+    of its destination. When it returns, the bytes are there; on a GPU, where the mirror is host memory that the device
+    reaches itself (`arena.pinned`), the copies are in the current stream. Pairs may come in any order; those that run
+    in step on both sides are the cheapest. Writing to a page that was never touched commits it, which takes the kernel
     about nine times as long as the copy itself. In and outside of inference mode alike.
     """
 
@@ -118,11 +119,10 @@ def _arena_planes(buffer: Tensor, addresses: KVAddresses, num_heads: int) -> _Pl
 def _mirror_planes(mirror: Tensor, addresses: KVAddresses) -> _Planes:
     """Its number of slots follows from its size."""
     row_bytes = _row_bytes(addresses)
-    unit = MirrorAddresses(kv=addresses, num_slots=1)
-    num_slots = mirror.numel() // unit.slot_bytes
-    steps = (unit.slot_bytes, unit.head_bytes, 2 * row_bytes, row_bytes)
-    extent = (num_slots, addresses.config.num_kv_heads)
-    return _planes(mirror[: num_slots * unit.slot_bytes], addresses, extent, steps)
+    slots = MirrorAddresses.of(addresses, mirror.numel())
+    steps = (slots.slot_bytes, slots.head_bytes, 2 * row_bytes, row_bytes)
+    extent = (slots.num_slots, addresses.config.num_kv_heads)
+    return _planes(mirror[: slots.num_slots * slots.slot_bytes], addresses, extent, steps)
 
 
 def _planes(

@@ -23,7 +23,8 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Assign(_Message):
     """Become the worker of `device`: connect to its anchor and take the lease. -> WorkerAttached
 
-    `packed_folder`: where weights are kept as arenas hold them (`transfer.packed`); "": nowhere.
+    `packed_folder`: where weights are kept as arenas hold them (`transfer.packed`); "": nowhere. `graphs`:
+    capture decode steps, on GPUs. `attention`: "torch" or "flashinfer".
     """
 
     device: str
@@ -40,6 +41,8 @@ class Assign(_Message):
     num_threads: int
     collectives: str
     packed_folder: str = ""
+    graphs: bool = True
+    attention: str = "torch"
     strikes: tuple[Strike, ...] = ()
 
 

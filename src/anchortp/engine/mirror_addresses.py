@@ -40,6 +40,11 @@ class MirrorAddresses:
             )
         return cls(kv=kv, num_slots=num_slots)
 
+    @classmethod
+    def of(cls, kv: KVAddresses, reserved_bytes: int) -> MirrorAddresses:
+        """Of an arena of that size."""
+        return cls(kv=kv, num_slots=reserved_bytes // cls(kv=kv, num_slots=0).slot_bytes)
+
     @property
     def head_bytes(self) -> int:
         """One block of one KV head."""

@@ -13,14 +13,15 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
 import torch
 
-from anchortp.arena import IntervalSet, MemfdArena
+from anchortp.arena import IntervalSet, MemfdArena, PinnedMapping
 from anchortp.comm import Group, ShmRegion
 from anchortp.config import load_model_config
 from anchortp.devices import Device, parse_device
@@ -28,12 +29,14 @@ from anchortp.engine import messages as m
 from anchortp.engine.accelerator import GROUPS, Accelerator
 from anchortp.engine.device_errors import verdict_of
 from anchortp.engine.faults import FaultProbe
-from anchortp.engine.kv_blocks import KVBlocks
-from anchortp.engine.mirror_addresses import HOST, MIRROR_ARENA
+from anchortp.engine.kv_blocks import KVBlocks, Pair
+from anchortp.engine.mirror_addresses import HOST, MIRROR_ARENA, MirrorAddresses
 from anchortp.engine.sampler import Sampler
+from anchortp.engine.scheduler import ScheduledSeq
 from anchortp.errors import (
     AnchorTPError,
     ChannelClosed,
+    ChannelTimeout,
     GroupAborted,
     StaleEpoch,
     StateError,
@@ -50,8 +53,9 @@ from anchortp.layout import (
     model_units,
     shard_from_dict,
 )
-from anchortp.model import Decoder, ForwardBatch, KVCache, WeightViews, check_weights, panels
+from anchortp.model import DecodeGraphs, Decoder, ForwardBatch, KVCache, WeightViews, check_weights, panels
 from anchortp.model.decoder import Gate
+from anchortp.model.paged import FlashInfer
 from anchortp.plan.plan import FromHost, FromPeer, Move
 from anchortp.recovery.change import arrangement
 from anchortp.state.client import AnchorClient, Arena
@@ -74,6 +78,7 @@ IDLE_TIMEOUT_S = 1e6  # an idle worker waits; it dies with the controller (PR_SE
 GROUP_TIMEOUT_S = 600.0
 ANCHOR_TIMEOUT_S = 5.0  # shorter than the controller waits for a worker to leave an epoch
 EXPERT_LOAD_EVERY_S = 1.0
+SAVE_POLL_S = 0.001  # how often an idle worker looks whether its copies to the mirror are made
 
 
 def worker_main(sock: socket.socket, gpus: Sequence[int] = ()) -> None:
@@ -133,9 +138,19 @@ class _Assignment:
     geometry: Geometry
     kv: KVAddresses
     accelerator: Accelerator
+    paged: FlashInfer | None
     anchor: AnchorClient
     probe: FaultProbe
     order: m.Assign
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _MappedMirror:
+    """`pinned`: where the device is a GPU; `memory` is then on the device, as far as torch knows."""
+
+    mirror_id: str
+    pinned: PinnedMapping | None
+    memory: torch.Tensor
 
 
 class Worker:
@@ -156,8 +171,10 @@ class Worker:
         self._region: ShmRegion | None = None
         self._group: Group | None = None
         self._decoder: Decoder | None = None
+        self._graphs: DecodeGraphs | None = None  # of the decoder, where there are any
         self._shard = empty_shard("")  # of this device in the present group
-        self._mapped_mirror: tuple[str, torch.Tensor] | None = None
+        self._mapped_mirror: _MappedMirror | None = None
+        self._saves: deque[tuple[int, Callable[[], bool]]] = deque()  # ticket, and whether its copies are made
         self._refreshed: set[str] = set()  # arenas that show all that was committed by the last reservation
         self._sampler = Sampler()
         self._next_expert_load_s = 0.0
@@ -179,7 +196,11 @@ class Worker:
             m.HandOver: self._hand_over,
         }
         while True:
-            received = self._channel.recv(timeout_s=IDLE_TIMEOUT_S)
+            self._answer_saves()
+            try:
+                received = self._channel.recv(timeout_s=SAVE_POLL_S if self._saves else IDLE_TIMEOUT_S)
+            except ChannelTimeout:
+                continue
             message = received.message
             if isinstance(message, m.Stop):
                 return
@@ -212,6 +233,8 @@ class Worker:
         self._epoch = order.epoch
         probe = FaultProbe(order.strikes, order.runtime_dir, lambda kind: _inject(order, kind))
         addresses = WeightAddresses(units=units, page_bytes=device.page_bytes)
+        accelerator = Accelerator.of(device)
+        paged = accelerator.paged(config, order.kv_block_size) if order.attention == "flashinfer" else None
         self._assignment = _Assignment(
             device=order.device,
             units=units,
@@ -223,7 +246,8 @@ class Worker:
                 num_blocks=order.kv_blocks,
                 page_bytes=device.page_bytes,
             ),
-            accelerator=Accelerator.of(device),
+            accelerator=accelerator,
+            paged=paged,
             anchor=anchor,
             probe=probe,
             order=order,
@@ -242,6 +266,7 @@ class Worker:
         self._epoch = order.epoch
         self._dissolve()
         a.accelerator.synchronize()  # from EpochLeft on, nothing of this worker's touches any memory
+        self._answer_saves()
         # Without an anchor (it crashed, or is stuck) there is no lease to renew: HandOver follows.
         with contextlib.suppress(WireError):
             a.anchor.lease(order.epoch)
@@ -368,11 +393,10 @@ class Worker:
         """Once the group's weights are whole."""
         with self._packing:
             waits = self._group is None or (self._load is not None and not self._load.is_whole)
-            on_gpu = self._assigned().accelerator.torch_device is not None  # the packer reads host memory
-            if self._packed is None or self._packer is not None or waits or on_gpu:
+            if self._packed is None or self._packer is not None or waits:
                 return
-            buffer = self._arenas[WEIGHTS_ARENA][1]
-            self._packer = Packer(self._packed, self._assigned().geometry, self._shard, buffer)
+            view = _destination(*self._arenas[WEIGHTS_ARENA]).view
+            self._packer = Packer(self._packed, self._assigned().geometry, self._shard, view)
             self._packer.start()
 
     def _source(self, name: str) -> Source:
@@ -438,6 +462,7 @@ class Worker:
         moved = [after[KV][target] for family, _, target in steps if family == KV]
         if moved and order.blocks:
             self._blocks(after[KV]).copy_from(self._mapped(KV_ARENA), before[KV], order.blocks, moved)
+        a.accelerator.synchronize()
         self._send(m.UnitsArranged(epoch=order.epoch))
 
     # ------------------------------------------------------------------------------------- the cache's blocks
@@ -445,6 +470,7 @@ class Worker:
     def _move_blocks(self, order: m.MoveBlocks) -> None:
         if order.epoch == self._epoch:
             self._blocks(order.heads).move(order.pairs)
+            self._assigned().accelerator.synchronize()
             self._send(m.BlocksMoved(epoch=order.epoch))
 
     def _restore_planes(self, order: m.RestorePlanes) -> None:
@@ -460,8 +486,9 @@ class Worker:
                 peer = self._opened(device, KV_ARENA)
                 copied += blocks.copy_from(peer, tuple(order.kv_heads[device]), order.blocks, [head])
             if order.from_mirror and order.pairs:
-                mirror = self._mirror(order.mirror_id)
+                mirror = self._mirror(order.mirror_id, order.pairs)
                 restored = blocks.restore(mirror, order.pairs, order.from_mirror)
+            a.accelerator.synchronize()
         except (StateError, WireError) as error:
             self._send(m.PlanesRestored(epoch=order.epoch, ok=False, reason=str(error)))
             return
@@ -469,30 +496,53 @@ class Worker:
         self._send(done)
 
     def _save_blocks(self, order: m.SaveBlocks) -> None:
-        """Runs between two steps: what the next one overwrites has been copied by then."""
+        """Runs between two steps: the next one overwrites nothing that is not copied yet."""
         if order.epoch != self._epoch:
             return
         a = self._assigned()
         a.probe.at("save")
         try:
-            self._blocks(self._shard[KV]).save(self._mirror(order.mirror_id), order.pairs, order.heads)
+            mirror = self._mirror(order.mirror_id, order.pairs)
+            self._blocks(self._shard[KV]).save(mirror, order.pairs, order.heads)
         except (StateError, WireError):
             self._send(m.BlocksSaved(ticket=order.ticket, ok=False))
             return
-        self._send(m.BlocksSaved(ticket=order.ticket, ok=True))
+        self._saves.append((order.ticket, a.accelerator.mark()))
+        self._answer_saves()
+
+    def _answer_saves(self) -> None:
+        """Says which saves are done. On a GPU they are copies in its queue, which nobody here waits for: what comes
+        after them in the queue cannot overwrite what they read."""
+        while self._saves and self._saves[0][1]():
+            self._send(m.BlocksSaved(ticket=self._saves.popleft()[0], ok=True))
 
     def _blocks(self, heads: Sequence[int]) -> KVBlocks:
         return KVBlocks(self._mapped(KV_ARENA), self._assigned().kv, tuple(heads))
 
-    def _mirror(self, mirror_id: str) -> torch.Tensor:
-        """The host's mirror, all of it. Raises StateError if the host anchor is another one by now."""
-        if self._mapped_mirror is None or self._mapped_mirror[0] != mirror_id:
+    def _mirror(self, mirror_id: str, pairs: Sequence[Pair]) -> torch.Tensor:
+        """The host's mirror, of which the slots of `pairs` may be used. Raises StateError if the host anchor is another
+        one by now."""
+        if self._mapped_mirror is None or self._mapped_mirror.mirror_id != mirror_id:
             self._mapped_mirror = None
-            self._mapped_mirror = (mirror_id, self._opened(HOST, MIRROR_ARENA, mirror_id))
-        return self._mapped_mirror[1]
+            self._mapped_mirror = self._map_mirror(mirror_id)
+        if (pinned := self._mapped_mirror.pinned) is not None:
+            slots = MirrorAddresses.of(self._assigned().kv, pinned.reserved_bytes)
+            pinned.pin(slots.slot_range(slot) for _, slot in pairs)
+        return self._mapped_mirror.memory
 
-    def _opened(self, device: str, name: str, anchor_id: str | None = None) -> torch.Tensor:
+    def _map_mirror(self, mirror_id: str) -> _MappedMirror:
+        with self._open(HOST, MIRROR_ARENA, mirror_id) as arena:
+            assert isinstance(arena, MemfdArena), "the host's memory is no device's"
+            pinned = self._assigned().accelerator.pinned(arena)
+            return _MappedMirror(mirror_id=mirror_id, pinned=pinned, memory=tensor_of(pinned or arena))
+
+    def _opened(self, device: str, name: str) -> torch.Tensor:
         """An arena of another anchor as it is now, mapped for this worker's device."""
+        with self._open(device, name) as arena:
+            return tensor_of(arena)
+
+    @contextlib.contextmanager
+    def _open(self, device: str, name: str, anchor_id: str | None = None) -> Iterator[Arena]:
         a = self._assigned()
         with AnchorClient.connect(
             a.order.runtime_dir,
@@ -505,7 +555,7 @@ class Worker:
                 raise StateError(f"the anchor of {device} was replaced; what it held is gone")
             with client.open_arena(name, self._epoch) as arena:
                 client.refresh(arena, self._epoch)
-                return tensor_of(arena)
+                yield arena
 
     # ------------------------------------------------------------------------------------------- serving
 
@@ -531,7 +581,10 @@ class Worker:
         kv_cache = KVCache(self._mapped(KV_ARENA), a.kv, shard)
         with a.accelerator.placing():
             if self._decoder is None:
-                self._decoder = Decoder(a.units, layout, rank, weights, kv_cache, a.order.max_model_len)
+                views = (weights, kv_cache)
+                self._decoder = Decoder(a.units, layout, rank, *views, a.order.max_model_len, a.paged)
+                capture = a.accelerator.capture() if a.order.graphs else None
+                self._graphs = DecodeGraphs(self._decoder, capture) if capture else None
             else:
                 self._decoder.rebind(layout, rank, weights, kv_cache)
             if self._decoder.moe is not None and order.parts is not None:
@@ -579,10 +632,9 @@ class Worker:
         self._region.mark(self._group.rank, batch.step)
         a.probe.at("prefill" if any(len(seq.token_ids) > 1 for seq in batch.seqs) else "decode")
         try:
-            with torch.inference_mode(), a.accelerator.placing():
-                forward = ForwardBatch.build(batch.seqs, a.order.kv_block_size)
-                gate = self._gate()
-                logits = self._decoder.forward(forward, self._group, gate)
+            gate = self._gate()
+            with torch.inference_mode():
+                logits = self._forward(batch.seqs, gate)
         except GroupAborted:
             return
         if logits is not None:
@@ -593,8 +645,20 @@ class Worker:
             self._send(m.StepDone(epoch=order.epoch, step=batch.step, sampled=sampled, expert_load=load))
         a.probe.at("between")
         if gate is None:  # a millisecond: nothing that a stream or a recovery would notice
-            with torch.inference_mode():
+            with torch.inference_mode(), a.accelerator.placing():
                 self._decoder.weights.copy_next()
+                if self._graphs is not None:
+                    self._graphs.capture_next()
+
+    def _forward(self, seqs: Sequence[ScheduledSeq], gate: Gate | None) -> torch.Tensor | None:
+        a = self._assigned()
+        assert self._decoder is not None and self._group is not None
+        if gate is None and self._graphs is not None and self._graphs.takes(seqs):
+            forward = ForwardBatch.build(seqs, a.order.kv_block_size)
+            with a.accelerator.placing():
+                return self._graphs.forward(forward, self._group)
+        with a.accelerator.placing():
+            return self._decoder.forward(ForwardBatch.build(seqs, a.order.kv_block_size), self._group, gate)
 
     def _gate(self) -> Gate | None:
         """Makes a step wait for the weights that it needs and that are still on their way; None if none are."""
@@ -641,7 +705,7 @@ class Worker:
     def _forget_arenas(self) -> None:
         """The anchor has made new ones, as it does in every attempt to fill a device that holds nothing yet: what is
         mapped here is not the device's memory any more, and what is written there would go with this process."""
-        self._decoder = None
+        self._decoder = self._graphs = None
         for arena, _ in self._arenas.values():
             arena.close()
         self._arenas.clear()

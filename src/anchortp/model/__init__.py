@@ -2,11 +2,15 @@
 
 from anchortp.model.batch import BatchEntry, DecodeGroup, ForwardBatch, PrefillChunk
 from anchortp.model.decoder import Decoder
+from anchortp.model.graphs import Capture, CudaGraphs, DecodeGraphs
 from anchortp.model.kv_cache import KVCache
 from anchortp.model.weights import LayerWeights, WeightViews, check_weights
 
 __all__ = [
     "BatchEntry",
+    "Capture",
+    "CudaGraphs",
+    "DecodeGraphs",
     "DecodeGroup",
     "Decoder",
     "ForwardBatch",

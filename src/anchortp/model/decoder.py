@@ -20,6 +20,7 @@ from anchortp.layout import ATTENTION, KV, MLP, VOCAB, Layout, ModelUnits, Shard
 from anchortp.model.batch import DecodeGroup, ForwardBatch, PrefillChunk
 from anchortp.model.kv_cache import KVCache
 from anchortp.model.moe import MoE
+from anchortp.model.paged import Attend, FlashInfer
 from anchortp.model.panels import linear, times
 from anchortp.model.rope import RopeTables
 from anchortp.model.weights import LayerWeights, WeightViews
@@ -67,17 +68,19 @@ class _Context:
     num_keys: int  # of the longest sequence
     num_planes: int  # sequences * num_kv
     blocks: Tensor  # int64 [2 * num_planes * blocks]: blocks of a layer's planes, keys before values
+    gathered: Tensor  # [2 * num_planes * blocks, block_size * head_dim]: for what lies there, of one layer at a time
     mask: Tensor | None  # additive [num_planes, 1, num_keys], decode groups of unequal lengths only
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Step:
+class Step:
     """What all layers of one forward pass share."""
 
     cache_slots: Tensor
     opened_blocks: Tensor | None  # None if there are none
     cos: Tensor  # [rows, num_q + 2 * num_kv, head_dim]; the values' rows do not rotate
     sin: Tensor
+    attend: Attend | None  # by blocks where they lie; else decode and prefill say what to gather
     decode: tuple[_Context, ...]
     prefill: tuple[_Context, ...]
 
@@ -93,30 +96,38 @@ class Decoder:
         weights: WeightViews,
         kv_cache: KVCache,
         max_model_len: int,
+        paged: FlashInfer | None = None,
     ):
+        """`paged`: what attends; else torch does, to what it gathers."""
+        self.paged = paged
         self.units = units
         self.config = units.config
         self.dtype = getattr(torch, units.config.dtype)
         self.max_model_len = max_model_len
         self._rope = RopeTables(units.config, max_model_len)
         self.weights = weights
+        self.bound_to: object = None  # the units and the memory that kernels of this rank read and write
         self.rebind(layout, rank, weights, kv_cache)
 
     def rebind(self, layout: Layout, rank: int, weights: WeightViews, kv_cache: KVCache) -> None:
-        """Takes over another layout, rank or arena. Costs a millisecond: only index tables are rebuilt."""
+        """Takes over another layout, rank or arena. Costs a millisecond: only index tables are rebuilt, and those that
+        `bound_to` names are kept as long as it stays the same."""
         shard = layout.shards[rank]
         assert weights.shard == shard and kv_cache.shard == shard, "views of another shard"
         weights.take_copies(self.weights)
+        bound_to = (shard, weights.address, kv_cache.address, kv_cache.num_blocks)
+        if bound_to != self.bound_to:
+            self.bound_to = bound_to
+            self._heads = _line_up(self.units, shard, kv_cache.num_blocks, self.dtype)
+            self._local_row = _local_rows(self.units, shard)
         self.rank = rank
         self.num_ranks = len(layout.shards)
         self.weights = weights
         self.kv_cache = kv_cache
-        self._heads = _line_up(self.units, shard, kv_cache.num_blocks, self.dtype)
-        self._local_row = _local_rows(self.units, shard)
         self._vocab_units = tuple(torch.tensor(s[VOCAB], dtype=torch.int64) for s in layout.shards)
         self._vocab_ordered = all(a < b for a, b in pairwise(u for s in layout.shards for u in s[VOCAB]))
         self.moe = MoE(self.units, layout, rank, weights) if self.config.moe else None
-        self._gathered = torch.empty(0, dtype=self.dtype)  # context of one group, reused by all layers
+        self._gathered = torch.empty(0, dtype=self.dtype)  # context of one group, reused by all layers and groups
 
     @torch.inference_mode()
     def forward(self, batch: ForwardBatch, group: ReduceGroup, gate: Gate | None = None) -> Tensor | None:
@@ -127,35 +138,48 @@ class Decoder:
         """
         assert (group.rank, group.size) == (self.rank, self.num_ranks), "a group of another layout"
         assert batch.block_size == self.kv_cache.block_size, "a batch for another block size"
-        step = self._prepare(batch)
+        step = self.prepare(batch)
         if self.moe is not None:
             self.moe.begin(batch.positions)
-        x = group.all_reduce(self._embed(batch.token_ids))
+        x = group.all_reduce(self.embed(batch.token_ids))
         for index, layer in enumerate(self.weights.layers):
             if gate:
                 gate(index)
-            x.add_(group.all_reduce(self._attention(index, layer, x, step)))
-            x.add_(group.all_reduce(self._mlp(index, layer, x)))
+            x.add_(group.all_reduce(self.attention(index, layer, x, step)))
+            x.add_(group.all_reduce(self.mlp(index, layer, x)))
         if gate:
             gate(self.config.num_layers)
-        return self._logits(x.index_select(0, batch.sample_rows), group)
+        return self.logits(x.index_select(0, batch.sample_rows), group)
 
-    def _prepare(self, batch: ForwardBatch) -> _Step:
+    def prepare(self, batch: ForwardBatch, attend: Attend | None = None) -> Step:
+        """`attend`: made for this batch already."""
         heads = self._heads
+        if attend is None and self.paged is not None and heads.num_q:
+            attend = self.paged.plan(batch, self.num_heads)
         angles = batch.positions.unsqueeze(1).repeat(1, heads.num_q + 2 * heads.num_kv)
         angles[:, heads.num_q + 1 :: 2] = self._rope.identity
         shape = (*angles.shape, self.config.head_dim)
-        return _Step(
+        return Step(
             cache_slots=batch.cache_slots,
             opened_blocks=batch.opened_blocks if batch.opened_blocks.numel() else None,
             cos=self._rope.cos.index_select(0, angles.flatten()).view(shape),
             sin=self._rope.sin.index_select(0, angles.flatten()).view(shape),
-            decode=tuple(self._context(group, group.valid) for group in batch.decode),
-            prefill=tuple(self._context(chunk, None) for chunk in batch.prefill),
+            attend=attend,
+            decode=() if attend else tuple(self._context(group, group.valid) for group in batch.decode),
+            prefill=() if attend else tuple(self._context(chunk, None) for chunk in batch.prefill),
         )
+
+    @property
+    def num_heads(self) -> tuple[int, int]:
+        """The q heads as `Attend` gets them, as many to each KV head, and the KV heads."""
+        return self._heads.num_kv * self._heads.group, self._heads.num_kv
 
     def _context(self, part: DecodeGroup | PrefillChunk, valid: Tensor | None) -> _Context:
         heads = self._heads
+        blocks = (heads.plane_starts + part.blocks[None, :, None, :]).flatten()
+        block_elements = self.kv_cache.block_size * self.config.head_dim
+        if self._gathered.numel() < blocks.shape[0] * block_elements:
+            self._gathered = torch.empty(blocks.shape[0] * block_elements, dtype=self.dtype)
         mask = None
         if valid is not None:
             mask = torch.zeros(valid.shape, dtype=self.dtype).masked_fill_(~valid, float("-inf"))
@@ -165,11 +189,12 @@ class Decoder:
             stop=part.stop,
             num_keys=part.num_keys,
             num_planes=part.blocks.shape[0] * heads.num_kv,
-            blocks=(heads.plane_starts + part.blocks[None, :, None, :]).flatten(),
+            blocks=blocks,
+            gathered=self._gathered[: blocks.shape[0] * block_elements].view(-1, block_elements),
             mask=mask,
         )
 
-    def _embed(self, token_ids: Tensor) -> Tensor:
+    def embed(self, token_ids: Tensor) -> Tensor:
         """Partial `[rows, hidden]`: zeros for tokens whose embedding another rank holds."""
         if not self.weights.shard[VOCAB]:
             return torch.zeros(token_ids.shape[0], self.config.hidden_size, dtype=self.dtype)
@@ -177,18 +202,22 @@ class Decoder:
         embedded = self.weights.embedding(rows.clamp(min=0))
         return embedded.masked_fill_((rows < 0).unsqueeze(1), 0)
 
-    def _attention(self, index: int, layer: LayerWeights, x: Tensor, step: _Step) -> Tensor:
+    def attention(self, index: int, layer: LayerWeights, x: Tensor, step: Step) -> Tensor:
         """Partial `[rows, hidden]` of this rank's q heads; their keys and values go to the cache."""
         heads = self._heads
         if not heads.num_q:
             return torch.zeros_like(x)
         projected = self._project(layer, self._norm(x, layer.input_norm))
         turned = (projected * step.cos).addcmul_(projected.roll(self.config.head_dim // 2, -1), step.sin)
-        planes = self._store(self.kv_cache.layer(index), turned[:, heads.num_q :], step)
+        cache = self.kv_cache.layer(index)
+        planes = self._store(cache, turned[:, heads.num_q :], step)
         queries = turned.index_select(1, heads.pick)
-        parts = [self._decode(queries, planes, context) for context in step.decode]
-        parts += [self._prefill(queries, planes, context) for context in step.prefill]
-        attended = parts[0] if len(parts) == 1 else torch.cat(parts)
+        if step.attend is not None:
+            attended = step.attend(queries, cache)
+        else:
+            parts = [self._decode(queries, planes, context) for context in step.decode]
+            parts += [self._prefill(queries, planes, context) for context in step.prefill]
+            attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         if heads.back is not None:
             attended = attended.index_select(1, heads.back)
         return times(attended.reshape(x.shape[0], -1), layer.o)
@@ -204,7 +233,7 @@ class Decoder:
             keys.copy_(self._norm(keys, layer.k_norm))
         return projected
 
-    def _store(self, cache: Tensor, keys_values: Tensor, step: _Step) -> Tensor:
+    def _store(self, cache: Tensor, keys_values: Tensor, step: Step) -> Tensor:
         """Writes `[rows, 2 * num_kv, head_dim]` into the cache of a layer -> its planes, a row per block."""
         blocks = cache.view(cache.shape[0], self.kv_cache.num_blocks, -1)
         if step.opened_blocks is not None:
@@ -241,15 +270,11 @@ class Decoder:
 
     def _gather(self, planes: Tensor, context: _Context) -> tuple[Tensor, Tensor]:
         """Keys and values `[num_planes, num_keys, head_dim]`, valid until the next call."""
-        size = context.blocks.shape[0] * planes.shape[1]
-        if self._gathered.numel() < size:
-            self._gathered = torch.empty(size, dtype=self.dtype)
-        out = self._gathered[:size]
-        torch.index_select(planes, 0, context.blocks, out=out.view(-1, planes.shape[1]))
-        both = out.view(2, context.num_planes, -1, self.config.head_dim)[:, :, : context.num_keys]
+        torch.index_select(planes, 0, context.blocks, out=context.gathered)
+        both = context.gathered.view(2, context.num_planes, -1, self.config.head_dim)[:, :, : context.num_keys]
         return both[0], both[1]
 
-    def _mlp(self, index: int, layer: LayerWeights, x: Tensor) -> Tensor:
+    def mlp(self, index: int, layer: LayerWeights, x: Tensor) -> Tensor:
         """Partial `[rows, hidden]` of this rank's MLP blocks or experts."""
         if self.moe is not None:
             return self.moe.forward(index, self._norm(x, layer.post_norm))
@@ -266,7 +291,7 @@ class Decoder:
         # dtype. That is transformers' order, bit for bit; passing the weight in rounds differently.
         return F.rms_norm(x, weight.shape, None, self.config.rms_eps).mul_(weight)
 
-    def _logits(self, x: Tensor, group: ReduceGroup) -> Tensor | None:
+    def logits(self, x: Tensor, group: ReduceGroup) -> Tensor | None:
         """`x` `[sampled, hidden]` -> float32 logits in vocabulary order on the root."""
         if not x.shape[0]:
             return x.new_zeros(0, self.config.vocab_size, dtype=torch.float32) if self.rank == 0 else None

@@ -22,6 +22,13 @@ class KVCache:
         self.num_blocks = addresses.num_blocks
         self.num_slots = len(shard[KV])
         elements = buffer[: addresses.reserved_bytes].view(getattr(torch, config.dtype))
+        self.address = elements.data_ptr()
+        block_elements = addresses.block_size * config.head_dim
+        layer_elements = addresses.layer_bytes // config.dtype_bytes
+        self._blocks = elements.as_strided(
+            (config.num_layers, 2 * self.num_slots, self.num_blocks, block_elements),
+            (layer_elements, addresses.num_tokens * config.head_dim, block_elements, 1),
+        )
         shape = (2 * self.num_slots, addresses.num_tokens, config.head_dim)
         strides = (addresses.num_tokens * config.head_dim, config.head_dim, 1)
         self._layers = tuple(
@@ -32,6 +39,10 @@ class KVCache:
             )
             for layer in range(config.num_layers)
         )
+
+    def clear(self, blocks: Tensor) -> None:
+        """Zeroes these blocks (int64), all planes of all layers."""
+        self._blocks.index_fill_(2, blocks.to(self._blocks.device), 0)
 
     def layer(self, index: int) -> Tensor:
         """`[2 * slots, num_tokens, head_dim]`: keys of slot 0, values of slot 0, keys of slot 1, ..."""

@@ -49,6 +49,7 @@ class WeightViews:
         self.shard = shard
         self._addresses = addresses
         self._elements = buffer[: addresses.reserved_bytes].view(getattr(torch, units.config.dtype))
+        self.address = self._elements.data_ptr()
         self._tensors = {tensor.key: tensor for tensor in (*units.tensors, *units.replicated)}
         layered = [key for key, tensor in self._tensors.items() if tensor.per_layer and not _of_experts(units, tensor)]
         self.embed = self._view("embed")  # [vocabulary units * vocab_block, hidden]

@@ -32,8 +32,11 @@ class DeviceDestination:
         return self._buffer[start:stop]
 
     def view(self, start: int, stop: int) -> memoryview:
-        """The bytes as the device has them, brought to the host to be summed."""
-        return memoryview(self._buffer[start:stop].cpu().numpy())
+        """The bytes as the device has them, brought to the host; valid until this thread's next view or read."""
+        data = self._buffer[start:stop]
+        staged = _staging(data.numel(), pinned=data.is_cuda)
+        _copy(staged, data)
+        return memoryview(staged.numpy())
 
 
 class StagedSource:
@@ -45,10 +48,12 @@ class StagedSource:
         self.prefetch = inner.prefetch
         self.close = inner.close
 
-    def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> None:
+    def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> list[int] | None:
+        """The digests are of what lies in the buffer: to bring it back from a GPU would cost as much as the load."""
         staged = _staging(out.numel(), pinned=out.is_cuda)
-        self._inner.read(chunk, staged, stopped)
+        digests = self._inner.read(chunk, staged, stopped)
         _copy(out, staged)
+        return digests
 
 
 class MappedSource:
@@ -89,12 +94,12 @@ def _staging(num_bytes: int, *, pinned: bool) -> Tensor:
 
 def _copy(out: Tensor, data: Tensor) -> None:
     """Returns when the bytes are there."""
-    if not out.is_cuda:
+    if not (out.is_cuda or data.is_cuda):
         out.copy_(data)
         return
     stream = getattr(_mine, "stream", None)
     if stream is None:
-        stream = _mine.stream = torch.cuda.Stream(device=out.device)
+        stream = _mine.stream = torch.cuda.Stream(device=out.device if out.is_cuda else data.device)
     with torch.cuda.stream(stream):
         out.copy_(data, non_blocking=True)
     stream.synchronize()

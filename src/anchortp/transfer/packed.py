@@ -20,7 +20,7 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from torch import Tensor
@@ -146,14 +146,21 @@ def is_packed(units: ModelUnits, region: Region) -> bool:
 
 
 class Packer:
-    """A thread that fills the file with what a shard holds, `pace` of the time. `buffer`: the weights arena, in which
-    the shard's slots stay as they are until `stop` has returned."""
+    """A thread that fills the file with what a shard holds, `pace` of the time. `view`: `[start, stop)` of the weights
+    arena in host memory, until the next call; its slots of the shard stay as they are until `stop` has returned."""
 
-    def __init__(self, packed: PackedWeights, geometry: Geometry, shard: Shard, buffer: Tensor, pace: float = PACE):
+    def __init__(
+        self,
+        packed: PackedWeights,
+        geometry: Geometry,
+        shard: Shard,
+        view: Callable[[int, int], memoryview],
+        pace: float = PACE,
+    ):
         self._packed = packed
         self._geometry = geometry
         self._shard = shard
-        self._view = memoryview(buffer.numpy())
+        self._view = view
         self._pace = pace
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="packer", daemon=True)
@@ -180,7 +187,7 @@ class Packer:
                 start = block + index * region.segment_bytes
                 stop = min(start + region.segment_bytes, block + region.block_bytes)
                 try:
-                    self._packed.write(region, unit, index, self._view[start:stop])
+                    self._packed.write(region, unit, index, self._view(start, stop))
                 except OSError:
                     return  # the disk is full: loads read the checkpoint, as they would without the file
                 self._stopped.wait((time.monotonic() - began_s) * (1.0 / self._pace - 1.0))

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from anchortp.arena import MemfdArena, VmmMapping
+from anchortp.arena import MemfdArena, PinnedMapping, VmmMapping
 
 
-def tensor_of(arena: MemfdArena | VmmMapping) -> Tensor:
+def tensor_of(arena: MemfdArena | PinnedMapping | VmmMapping) -> Tensor:
     """1-D uint8 over all `reserved_bytes`, on the device that the memory is on; it outlives the arena object.
 
     On an arena of chunks only what is attached may be touched (`AnchorClient.refresh`); chunks that are attached
-    later appear in the same tensor.
+    later appear in the same tensor. Of a pinned mapping only what is pinned may be touched.
     """
     if isinstance(arena, MemfdArena):
         return torch.frombuffer(arena.map(), dtype=torch.uint8)
