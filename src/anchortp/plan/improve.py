@@ -38,10 +38,13 @@ class Shift:
 Change = tuple[Shift, ...]
 
 
-def changes(problem: Problem, placement: Placement, prices: Sequence[float], aim: float) -> list[Change]:
+def changes(
+    problem: Problem, placement: Placement, prices: Sequence[float], aim: float, *, thorough: bool = False
+) -> list[Change]:
     """All single shifts, exchanges and pairs that should gain something by these prices (per link, in seconds per
-    byte), those first whose gain is nearest to `aim` (seconds)."""
-    look = _Look(problem, placement, prices)
+    byte), those first whose gain is nearest to `aim` (seconds). `thorough`: also pairs in which a shift gains nothing
+    and only makes the other one possible."""
+    look = _Look(problem, placement, prices, thorough)
     shifts: dict[tuple[str, str], list[Shift]] = {}
     for shift in look.shifts():
         shifts.setdefault((shift.a, shift.b), []).append(shift)
@@ -132,8 +135,8 @@ def _state(share: Share, device: str) -> _State:
 class _Look:
     """What could change in a placement, and what that should gain."""
 
-    def __init__(self, problem: Problem, placement: Placement, prices: Sequence[float]):
-        self.problem, self.placement, self.prices = problem, placement, prices
+    def __init__(self, problem: Problem, placement: Placement, prices: Sequence[float], thorough: bool):
+        self.problem, self.placement, self.prices, self.thorough = problem, placement, prices, thorough
         self._trees: dict[tuple[str, ...], Mapping[str, float]] = {}
         self._kv: dict[tuple[int, str], float] = {}
         self.from_stores = {device: self.far(problem.stores, device) for device in problem.devices}
@@ -198,7 +201,7 @@ class _Look:
             fewer, more = self._fewer(i, share, state), self._more(share, state)
             for a, b in product(fewer, more):
                 gain = size * (fewer[a] - more[b])
-                if a != b and gain and (a, b, state[a], state[b]) not in seen:
+                if a != b and (gain or self.thorough) and (a, b, state[a], state[b]) not in seen:
                     seen.add((a, b, state[a], state[b]))
                     yield Shift(family, a, b, (i,), gain, is_open=a in givers and b in takers)
 
@@ -210,7 +213,7 @@ class _Look:
                 saved[device] = self.from_stores[device]
             elif can_less and _sole_unit(self.problem, self.placement, at, device) is not None:
                 worth = self._as_source(share, device)
-                saved |= {device: worth} if worth else {}
+                saved |= {device: worth} if worth or self.thorough else {}
         return saved
 
     def _more(self, share: Share, state: Mapping[str, _State]) -> dict[str, float]:
@@ -248,7 +251,7 @@ class _Look:
                         if a != b and width[b] < high[b]:
                             opens = 0.0 if group in mine[b] else self.kv(group, b)
                             gain = closes - opens + self.head(heads[0], a) - self.head(heads[0], b)
-                            if gain:
+                            if gain or self.thorough:
                                 yield Shift(ATTENTION, a, b, (heads[0],), gain)
 
     def exchanges(self) -> Iterator[Shift]:
