@@ -9,6 +9,7 @@ instead of a costs `far[a] - far[b]` less, and one that a gives up saves what it
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -23,8 +24,9 @@ from anchortp.plan.problem import Problem
 @dataclass(frozen=True, slots=True)
 class Shift:
     """Device `a` ends with one unit of `family` less, and `b` with one more. `which`: the share (its index), or the q
-    heads. `back`: q heads that `a` gets instead, from `b`. `is_open`: all layers together stay balanced, so that it can
-    be done alone."""
+    heads. `back`: q heads that `a` gets instead, from `b`. `copy`: a device, and a copy of an expert that it was to
+    drop. It keeps that, and receives one less, or gives up another; `a` drops the copy `drops`. (`b` may be `a` then.)
+    `is_open`: all layers together stay balanced, so that it can be done alone."""
 
     family: str
     a: str
@@ -32,6 +34,8 @@ class Shift:
     which: tuple[int, ...]
     gain: float
     back: tuple[int, ...] = ()
+    copy: tuple[str, int] | None = None
+    drops: int = 0
     is_open: bool = True
 
 
@@ -42,8 +46,8 @@ def changes(
     problem: Problem, placement: Placement, prices: Sequence[float], aim: float, *, thorough: bool = False
 ) -> list[Change]:
     """All single shifts, exchanges and pairs that should gain something by these prices (per link, in seconds per
-    byte), those first whose gain is nearest to `aim` (seconds). `thorough`: also pairs in which a shift gains nothing
-    and only makes the other one possible."""
+    byte), those first whose gain is nearest to `aim` (seconds). `thorough`: also pairs in which the shift of an expert
+    gains nothing and only makes the other one possible, and other copies of experts."""
     look = _Look(problem, placement, prices, thorough)
     shifts: dict[tuple[str, str], list[Shift]] = {}
     for shift in look.shifts():
@@ -71,9 +75,26 @@ def _go_together(shift: Shift, back: Shift) -> bool:
 def changed(problem: Problem, placement: Placement, change: Change) -> Placement:
     """The placement after the change; `placement` itself stays as it is."""
     for shift in change:
+        if shift.copy is not None:
+            placement = _with_other_copy(problem, placement, shift, *shift.copy)
+            shift = replace(shift, a=shift.copy[0])
         moved = _with_heads_moved if shift.family == ATTENTION else _with_unit_moved
         placement = moved(problem, placement, shift)
     return placement
+
+
+def _with_other_copy(problem: Problem, placement: Placement, shift: Shift, keeper: str, unit: int) -> Placement:
+    """`keeper` has one unit more than before, and `a` one less."""
+    family, at = shift.family, shift.which[0]
+    share, kept = placement.shares[at], placement.kept[family]
+    stay = {*kept[keeper], unit}
+    kept = kept | {
+        keeper: tuple(u for u in problem.slots[family][keeper] if u in stay),
+        shift.a: tuple(u for u in kept[shift.a] if u != shift.drops),
+    }
+    shares = list(placement.shares)
+    shares[at] = replace(share, held=share.held | {keeper: share.held[keeper] + 1, shift.a: share.held[shift.a] - 1})
+    return replace(placement, shares=shares, kept=placement.kept | {family: kept})
 
 
 def _with_unit_moved(problem: Problem, placement: Placement, shift: Shift) -> Placement:
@@ -136,7 +157,8 @@ class _Look:
     """What could change in a placement, and what that should gain."""
 
     def __init__(self, problem: Problem, placement: Placement, prices: Sequence[float], thorough: bool):
-        self.problem, self.placement, self.prices, self.thorough = problem, placement, prices, thorough
+        self.problem, self.placement, self.prices = problem, placement, prices
+        self.thorough = thorough and EXPERT in problem.families
         self._trees: dict[tuple[str, ...], Mapping[str, float]] = {}
         self._kv: dict[tuple[int, str], float] = {}
         self.from_stores = {device: self.far(problem.stores, device) for device in problem.devices}
@@ -204,6 +226,39 @@ class _Look:
                 if a != b and (gain or self.thorough) and (a, b, state[a], state[b]) not in seen:
                     seen.add((a, b, state[a], state[b]))
                     yield Shift(family, a, b, (i,), gain, is_open=a in givers and b in takers)
+        if self.thorough and family == EXPERT:
+            for shift in self._copy_shifts(shares):
+                yield replace(shift, is_open=shift.a == shift.b or (shift.a in givers and shift.b in takers))
+
+    def _copy_shifts(self, shares: Sequence[tuple[int, Share]]) -> Iterator[Shift]:
+        """For each copy of an expert that is to be dropped, and each device that could drop one instead."""
+        problem, kept = self.problem, self.placement.kept[EXPERT]
+        per_layer, size = problem.units.num_units[EXPERT] // len(shares), problem.size(EXPERT)
+        copies = Counter(unit for units in kept.values() for unit in units)
+        for keeper, units in kept.items():
+            for unit in sorted(problem.held[EXPERT][keeper].difference(units)):
+                i, share = shares[unit // per_layer]
+                given = share.pool.released.get(keeper, ())
+                if unit in given or (
+                    not share.incoming[keeper] and _sole_unit(problem, self.placement, i, keeper) is None
+                ):
+                    continue
+                state = {device: _state(share, device) for device in problem.devices}
+                for a, b in product(kept, problem.devices):
+                    if a != keeper and (a == b or (b != keeper and state[a][2] and state[b][3])):
+                        drops = (u for u in kept[a] if u // per_layer == unit // per_layer)
+                        drop = next((u for u in drops if u == unit or copies[u] > 1), None)
+                        if drop is not None:
+                            gain = size * self._copy_gain(share, keeper, b)
+                            yield Shift(EXPERT, a, b, (i,), gain, copy=(keeper, unit), drops=drop)
+
+    def _copy_gain(self, share: Share, keeper: str, b: str) -> float:
+        """Seconds per byte that are saved if one unit less comes to (or can come from) `keeper` and one more to `b`."""
+        costs = self._one_more(share, b)
+        if share.incoming[keeper]:
+            return self.from_stores[keeper] - costs
+        near = self.from_stores[b] - self.far((keeper, *self.problem.stores), b)
+        return max(near, self._as_source(share, keeper)) - costs
 
     def _fewer(self, at: int, share: Share, state: Mapping[str, _State]) -> dict[str, float]:
         """Seconds per byte that are saved if a device has one unit less."""
@@ -218,11 +273,10 @@ class _Look:
 
     def _more(self, share: Share, state: Mapping[str, _State]) -> dict[str, float]:
         """Seconds per byte that it costs if a device has one unit more."""
-        return {
-            device: self._as_source(share, device) if gives else self.from_stores[device]
-            for device, (_, gives, _, can_more) in state.items()
-            if can_more
-        }
+        return {device: self._one_more(share, device) for device, (*_, can_more) in state.items() if can_more}
+
+    def _one_more(self, share: Share, device: str) -> float:
+        return self._as_source(share, device) if share.pool.released.get(device) else self.from_stores[device]
 
     def _as_source(self, share: Share, device: str) -> float:
         """What a unit that the device gives up saves who would receive it from a store else."""
@@ -251,7 +305,7 @@ class _Look:
                         if a != b and width[b] < high[b]:
                             opens = 0.0 if group in mine[b] else self.kv(group, b)
                             gain = closes - opens + self.head(heads[0], a) - self.head(heads[0], b)
-                            if gain or self.thorough:
+                            if gain:
                                 yield Shift(ATTENTION, a, b, (heads[0],), gain)
 
     def exchanges(self) -> Iterator[Shift]:

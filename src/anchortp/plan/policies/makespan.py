@@ -69,9 +69,7 @@ class _Best:
     why: str
 
     def raise_bound(self, prices: Sequence[float]) -> None:
-        seconds = price_bound(self.problem, prices, self.sizes)
-        if self.seconds > max(seconds, self.bound_s) * FAR:
-            seconds = price_bound(self.problem, prices, self.sizes, by_layer=True)
+        seconds = price_bound(self.problem, prices, self.sizes, by_layer=self.is_far)
         if seconds > self.bound_s:
             self.bound_s, self.why = seconds, "by the prices of the links"
 
@@ -95,15 +93,16 @@ def _search(problem: Problem) -> _Best:
     best = _Best(problem, sizes, delivery, bound.seconds, bound.why)
     if prices and not best.is_near:
         best.raise_bound(prices)
-    if best.is_far:
+    if not best.is_near:
         best.raise_bound(best.delivery.routing.prices)
     if best.is_far:
         best.delivery = _with_all_widths(problem, best.delivery)
     cost = len(problem.devices) ** 2 + problem.units.num_units.get(EXPERT, 0) // UNITS_PER_WORK
     tries = MAX_WORK // cost * (8 if best.is_far else 1)
     while not best.is_near and tries > 0:
-        best.raise_bound(best.delivery.routing.prices)
-        tries -= tries if best.is_near else _step(problem, best, tries)
+        tries -= _step(problem, best, tries)
+        if tries > 0:
+            best.raise_bound(best.delivery.routing.prices)
     if best.is_far:
         best.delivery = _with_intervals(problem, best.delivery)
     # Where layers force it, all layers together may be less even than the bound assumes.
@@ -116,6 +115,8 @@ def _delivery(problem: Problem) -> tuple[Delivery, Sequence[float]]:
     one. And the prices of the links, if they were found on the way."""
     slow, prices = into(problem), ()
     best = deliver(problem, place(problem, slow))
+    if len(set(slow.values())) > 1:  # else it is what `units` has, and no worse
+        best = _sooner(best, deliver(problem, place(problem, dict.fromkeys(slow, 1.0)), best.routing.seconds))
     found = best_widths(problem, best.placement)
     if found is not None:
         widths, prices = found
@@ -146,7 +147,8 @@ def _sooner(a: Delivery, b: Delivery) -> Delivery:
 
 
 def _step(problem: Problem, best: _Best, tries: int) -> int:
-    """Takes the first change that helps. Returns how many were tried: all of `tries` if none helps."""
+    """Takes the first change that helps. Returns how many were tried (where the bound is far: in vain); all of `tries`
+    if none helps."""
     prices = best.delivery.routing.prices
     placement, aim = best.delivery.placement, best.seconds - best.bound_s
     for spent, change in enumerate(changes(problem, placement, prices, aim, thorough=best.is_far)[:tries], 1):
@@ -155,5 +157,5 @@ def _step(problem: Problem, best: _Best, tries: int) -> int:
             delivery = deliver(problem, other, enough_s)
             if delivery.routing.seconds < enough_s:
                 best.delivery = delivery
-                return spent
+                return spent - best.is_far
     return tries
