@@ -20,8 +20,7 @@ from typing import Any
 from anchortp.cli.plan import PlanOptions, build_problem
 from anchortp.cli.plan_plot import draw
 from anchortp.cli.plan_view import duration, size
-from anchortp.errors import CapacityError
-from anchortp.plan import PAPER_MODELS, POLICIES, SHAPES, Row, compare, preset
+from anchortp.plan import PAPER_MODELS, POLICIES, SHAPES, Refused, Row, compare, preset
 from bench.common import finish
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -57,15 +56,16 @@ def cases(topology: str, models: Sequence[str] = PAPER_MODELS) -> Iterator[Case]
 
 
 def _case(topology: str, model: str, num_before: int, num_after: int) -> Case:
-    losses, refused = [], ""
+    losses: list[dict[str, Row]] = []
+    refused = ""
     for lost in combinations(range(num_before), num_before - num_after):
         names = ",".join(map(str, lost))
         options = PlanOptions(model=model, num_before=num_before, lost=names, topology=topology)
-        try:
-            losses.append({row.policy: row for row in compare(build_problem(options))})
-        except CapacityError as error:
-            refused = str(error)
+        rows = compare(build_problem(options))
+        refused = next((row.why for row in rows if isinstance(row, Refused)), "")
+        if refused:
             break
+        losses.append({row.policy: row for row in rows if isinstance(row, Row)})
     return Case(
         topology=topology,
         model=model,

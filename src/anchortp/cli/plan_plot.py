@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from anchortp.cli.plan_view import duration, headline, link_rows, size
 from anchortp.errors import ConfigError
-from anchortp.plan import Problem, Row
+from anchortp.plan import Problem, Refused, Row
 
 if TYPE_CHECKING:
     from anchortp.plan.cost import Busy
@@ -22,7 +22,7 @@ ROW_INCHES, BAR = 0.27, 0.78
 INK, MUTED, IDLE, LOAD, COPY, WAIT = "#1f2430", "#6b7280", "#eef0f3", "#2f6db3", "#e8872b", "#b3261e"
 
 
-def draw(problem: Problem, rows: Sequence[Row], policy: str, path: Path) -> None:
+def draw(problem: Problem, rows: Sequence[Row | Refused], policy: str, path: Path) -> None:
     """Writes the chart of `policy` with another for comparison below, on one time axis, to `path` (PNG, SVG, PDF).
 
     Raises ConfigError where matplotlib is missing or the file cannot be written.
@@ -57,9 +57,9 @@ def _pyplot() -> Any:
     return plt
 
 
-def _panels(rows: Sequence[Row], policy: str) -> list[Row]:
+def _panels(rows: Sequence[Row | Refused], policy: str) -> list[Row]:
     other = COMPARED_WITH if policy != COMPARED_WITH else DEFAULT
-    by_name = {row.policy: row for row in rows}
+    by_name = {row.policy: row for row in rows if isinstance(row, Row)}
     return [by_name[name] for name in (policy, other) if name in by_name]
 
 
