@@ -20,6 +20,7 @@ from typing import Any
 from anchortp.cli.plan import PlanOptions, build_problem
 from anchortp.cli.plan_plot import draw
 from anchortp.cli.plan_view import duration, size
+from anchortp.errors import CapacityError
 from anchortp.plan import PAPER_MODELS, POLICIES, SHAPES, Refused, Row, compare, preset
 from bench.common import finish
 
@@ -61,7 +62,11 @@ def _case(topology: str, model: str, num_before: int, num_after: int) -> Case:
     for lost in combinations(range(num_before), num_before - num_after):
         names = ",".join(map(str, lost))
         options = PlanOptions(model=model, num_before=num_before, lost=names, topology=topology)
-        rows = compare(build_problem(options))
+        try:
+            rows = compare(build_problem(options))
+        except CapacityError as error:  # not even the old group has room
+            refused = str(error)
+            break
         refused = next((row.why for row in rows if isinstance(row, Refused)), "")
         if refused:
             break

@@ -134,7 +134,7 @@ def test_a_policy_whose_plan_does_not_fit_is_said_to_and_hides_no_other(document
     by_name = {row["policy"]: row for row in document(*arguments)["policies"]}
     assert "gpu:1 would hold 2.4 GB" in by_name["reload"]["refused"] and "predicted_s" in by_name["makespan"]
     status, out, _ = run("plan", *arguments)
-    assert status == 0 and "reload does not fit: gpu:1 would hold" in out
+    assert status == 0 and "without room: reload, greedy, cmm, units. gpu:1 would hold" in out
     status, out, err = run("plan", *arguments, "--policy", "reload")
     assert (status, out) == (2, "") and "reload: gpu:1 would hold 2.4 GB" in err and "2.4 GB" in err
 

@@ -107,9 +107,12 @@ def show(problem: Problem, rows: Sequence[Row | Refused], chosen: Row) -> None:
     for line in _summary(chosen):
         view.print(line)
     view.print(_policy_table(rows, chosen))
+    refused: dict[str, list[str]] = {}
     for row in rows:
         if isinstance(row, Refused):
-            view.print(f"{row.policy} does not fit: {row.why}")
+            refused.setdefault(row.why, []).append(row.policy)
+    for why, policies in refused.items():
+        view.print(f"without room: {', '.join(policies)}. {why}")
 
 
 def _table(title: str, *columns: str, left: int = 1) -> Table:
@@ -172,7 +175,7 @@ def _policy_table(rows: Sequence[Row | Refused], chosen: Row) -> Table:
     table = _table("all policies", "policy", *columns)
     for row in rows:
         if isinstance(row, Refused):
-            table.add_row(row.policy, *("" for _ in columns[1:]), "does not fit")
+            table.add_row(row.policy, *("" for _ in columns[1:]), "no room")
             continue
         ratio = f"{row.predicted_s / row.bound_s:.2f} x" if row.bound_s else "-"
         table.add_row(

@@ -25,9 +25,10 @@ from typing import Any, TypeVar
 
 from anchortp.layout import ATTENTION, KV
 from anchortp.plan.placement import Placement, place
-from anchortp.plan.plan import PLANE, REPLICATED
+from anchortp.plan.plan import REPLICATED
 from anchortp.plan.problem import Problem
 from anchortp.plan.retain import by_group
+from anchortp.plan.ways import Ways
 
 _K = TypeVar("_K", bound=Hashable)
 LARGE = 16  # devices from which on a simpler, weaker bound is taken where the transport problem would be large
@@ -102,27 +103,15 @@ def price_bound(problem: Problem, prices: Sequence[float], sizes: Sizes, *, by_l
     return total
 
 
-class _Ways:
-    """Price per byte of the cheapest way to each device, from the stores, from one device, or from anywhere."""
+class _Ways(Ways):
+    """With what only a bound asks for: the least that something can pay wherever it comes from."""
 
     def __init__(self, problem: Problem, prices: Sequence[float]):
-        self.network, self.prices, self.problem = problem.network, prices, problem
-        self._far: dict[tuple[str, ...], Mapping[str, float]] = {}
-        self.from_stores = self.far(problem.stores)
+        super().__init__(problem, prices)
         self._entry = dict.fromkeys(problem.devices, math.inf)
-        for price, link in zip(prices, self.network.links, strict=True):
+        for price, link in zip(prices, problem.network.links, strict=True):
             if price < self._entry.get(link.dst, 0.0):
                 self._entry[link.dst] = price
-
-    def far(self, sources: tuple[str, ...]) -> Mapping[str, float]:
-        """From the nearest of `sources`, to each place that they reach."""
-        if sources not in self._far:
-            self._far[sources], _ = self.network.cheapest(dict.fromkeys(sources, 0.0), self.prices)
-        return self._far[sources]
-
-    def from_device(self, source: str, device: str) -> float:
-        """From the device or a store, whichever is cheaper; nothing if it is there already."""
-        return self.far((source, *self.problem.stores))[device]
 
     def entry(self, device: str) -> float:
         """From anywhere else at all: the cheapest last link."""
@@ -131,14 +120,8 @@ class _Ways:
     def kv_copy(self, kv_head: int, device: str, num_heads: int) -> float:
         """What it costs that a KV head, which `num_heads` q heads read, and its plane come to the device. If that is
         but one, no other device can need them and pass them on."""
-        problem = self.problem
-        if num_heads > 1:
-            return self.entry(device) * problem.copy_bytes(kv_head)
-        paid = 0.0
-        for family in (KV, PLANE) if problem.plane_bytes else (KV,):
-            sources = (*problem.holders(family, kv_head), *problem.stores_of(family))
-            paid += problem.size(family) * self.far(sources).get(device, 0.0) if sources else 0.0
-        return paid
+        paid = self.kv_head(kv_head, device) if num_heads == 1 else math.inf
+        return paid if math.isfinite(paid) else self.entry(device) * self.problem.copy_bytes(kv_head)
 
 
 Held = Mapping[str, Sequence[int]]  # device -> units

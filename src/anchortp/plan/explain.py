@@ -24,8 +24,8 @@ def explain(plan: Plan, family: str, unit: int) -> str:
     for drop in plan.drops:
         if _covers(drop, family, unit):
             lines.append(f"  {drop.device} lets go of it after stage {drop.stage + 1}")
-    if family == PLANE and unit in plan.replayed:
-        lines.append("  no source has it for every device that needs it: its sequences replay their tokens")
+    if family == PLANE and unit in plan.replayed and set(before) - set(plan.lost):
+        lines.append("  not all that need it have a source: its sequences replay their tokens")
     return "\n".join([*lines, *(f"  · {reason}" for reason in plan.reasons)])
 
 

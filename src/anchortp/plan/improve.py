@@ -1,14 +1,13 @@
 """Small changes to a placement that balance allows: which odd unit could be received by another device instead.
 
-Used by the `makespan` policy. A change is one of three: device b has a unit of one family more, and a one less; the
+Used by the `makespan` policy. A change is one of four: device b has a unit of one family more, and a one less; the
 same, and the other way round for a unit of another family or layer; the q heads of one KV head go to b instead of a, in
-exchange for as many of b's. What it gains is estimated with the prices of the links: a byte that is delivered at b
+exchange for as many of b's; another copy of an expert is dropped than was to be. What it gains is estimated with the prices of the links: a byte that is delivered at b
 instead of a costs `far[a] - far[b]` less, and one that a gives up saves what its receiver would pay from the stores.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,8 +16,8 @@ from itertools import product
 from anchortp.layout import ATTENTION, EXPERT, KV
 from anchortp.plan.heads import kv_after
 from anchortp.plan.placement import Placement, Share
-from anchortp.plan.plan import PLANE
 from anchortp.plan.problem import Problem
+from anchortp.plan.ways import Ways
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,17 +156,11 @@ class _Look:
     """What could change in a placement, and what that should gain."""
 
     def __init__(self, problem: Problem, placement: Placement, prices: Sequence[float], thorough: bool):
-        self.problem, self.placement, self.prices = problem, placement, prices
+        self.problem, self.placement = problem, placement
         self.thorough = thorough and EXPERT in problem.families
-        self._trees: dict[tuple[str, ...], Mapping[str, float]] = {}
+        self.ways = Ways(problem, prices)
+        self.from_stores = self.ways.from_stores
         self._kv: dict[tuple[int, str], float] = {}
-        self.from_stores = {device: self.far(problem.stores, device) for device in problem.devices}
-
-    def far(self, sources: tuple[str, ...], device: str) -> float:
-        """Seconds per byte from the nearest of `sources`."""
-        if sources not in self._trees:
-            self._trees[sources], _ = self.problem.network.cheapest(dict.fromkeys(sources, 0.0), self.prices)
-        return self._trees[sources].get(device, math.inf)
 
     def head(self, head: int, device: str) -> float:
         """What it costs that `device` gets a q head."""
@@ -177,8 +170,8 @@ class _Look:
         holder = placement.head_holder.get(head)
         if holder is None:
             holder = next((d for d, heads in placement.kept[ATTENTION].items() if head in heads), None)
-        sources = problem.stores if holder is None else (holder, *problem.stores)
-        return problem.size(ATTENTION) * self.far(sources, device)
+        far = self.from_stores[device] if holder is None else self.ways.from_device(holder, device)
+        return problem.size(ATTENTION) * far
 
     def kv(self, group: int, device: str) -> float:
         """What it costs that `device` gets a KV head, and its plane, if it has not held them."""
@@ -186,11 +179,7 @@ class _Look:
         if KV not in problem.families or group in problem.held[KV].get(device, ()):
             return 0.0
         if key not in self._kv:
-            self._kv[key] = 0.0
-            for family in (KV, PLANE) if problem.plane_bytes else (KV,):
-                sources = (*problem.holders(family, group), *problem.stores_of(family))
-                if sources:  # else it is replayed
-                    self._kv[key] += problem.size(family) * self.far(sources, device)
+            self._kv[key] = self.ways.kv_head(group, device)
         return self._kv[key]
 
     def mine(self, device: str) -> dict[int, list[int]]:
@@ -257,7 +246,7 @@ class _Look:
         costs = self._one_more(share, b)
         if share.incoming[keeper]:
             return self.from_stores[keeper] - costs
-        near = self.from_stores[b] - self.far((keeper, *self.problem.stores), b)
+        near = self.from_stores[b] - self.ways.from_device(keeper, b)
         return max(near, self._as_source(share, keeper)) - costs
 
     def _fewer(self, at: int, share: Share, state: Mapping[str, _State]) -> dict[str, float]:
@@ -280,10 +269,8 @@ class _Look:
 
     def _as_source(self, share: Share, device: str) -> float:
         """What a unit that the device gives up saves who would receive it from a store else."""
-        sources = (device, *self.problem.stores)
-        return max(
-            (self.from_stores[d] - self.far(sources, d) for d, count in share.incoming.items() if count), default=0.0
-        )
+        wanting = (d for d, count in share.incoming.items() if count)
+        return max((self.from_stores[d] - self.ways.from_device(device, d) for d in wanting), default=0.0)
 
     def _open_ends(self, family: str, shares: list[Share]) -> tuple[list[str], list[str]]:
         """Devices that may end with one unit less, and with one more, over all layers together."""
