@@ -2,8 +2,9 @@
 
 Used by the `makespan` policy. A change is one of four: device b has a unit of one family more, and a one less; the
 same, and the other way round for a unit of another family or layer; the q heads of one KV head go to b instead of a, in
-exchange for as many of b's; another copy of an expert is dropped than was to be. What it gains is estimated with the prices of the links: a byte that is delivered at b
-instead of a costs `far[a] - far[b]` less, and one that a gives up saves what its receiver would pay from the stores.
+exchange for as many of b's; another copy of an expert is dropped than was to be. What it gains is estimated with the
+prices of the links: a byte that is delivered at b instead of a costs `far[a] - far[b]` less, and one that a gives up
+saves what its receiver would pay from the stores.
 """
 
 from __future__ import annotations
