@@ -117,6 +117,14 @@ def test_devices_of_other_nodes_take_over(document):
     assert sum(device["kept_bytes"] for device in found["devices"].values()) == 0
 
 
+def test_who_is_sooner_because_it_brings_no_kv_cache_is_seen_to(document, run):
+    arguments = (QWEN, "--from", "4", "--onto", "4,5,6,7", "--topology", "2-nodes-8", "--kv-tokens", "10000")
+    rows = {row["policy"]: row for row in document(*arguments)["policies"]}
+    assert rows["reload"]["predicted_s"] < rows["makespan"]["predicted_s"]
+    assert rows["reload"]["replayed_kv_heads"] == [0, 1, 2, 3] and rows["makespan"]["replayed_kv_heads"] == []
+    assert "replayed" in run("plan", *arguments)[1] and "replayed" not in run("plan", QWEN, "--lost", "3")[1]
+
+
 @pytest.mark.parametrize("model", [QWEN, "Qwen3-8B"])
 def test_a_fault_after_others_begins_with_what_those_left(document, model):
     """A fault after two: the survivors keep all they hold, and receive no more than what the third lost."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ MAX_LINKS = 36
 LEAST_SHARE = 0.01  # of the time: what is busy for less is not drawn
 HAIR = 0.07  # height of what would be too thin to see
 ROW_INCHES, BAR = 0.27, 0.78
+TITLE_COLUMNS = 88
 INK, MUTED, IDLE, LOAD, COPY, WAIT = "#1f2430", "#6b7280", "#eef0f3", "#2f6db3", "#e8872b", "#b3261e"
 
 
@@ -32,7 +34,8 @@ def draw(problem: Problem, rows: Sequence[Row | Refused], policy: str, path: Pat
     links, num_hidden = _links(panels)
     height = len(panels) * (len(links) * ROW_INCHES + 0.85) + 1.0
     figure, axes = plt.subplots(len(panels), 1, figsize=(11, height), sharex=True, squeeze=False, layout="constrained")
-    figure.suptitle(headline(problem), x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+    title = textwrap.fill(headline(problem), TITLE_COLUMNS)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     scale, unit = _scale(max(row.predicted_s for row in panels))
     for axis, row in zip(axes[:, 0], panels, strict=True):
         _draw_panel(axis, row, links, scale)

@@ -106,7 +106,7 @@ def show(problem: Problem, rows: Sequence[Row | Refused], chosen: Row) -> None:
         view.print(_link_table(chosen.timeline))
     for line in _summary(chosen):
         view.print(line)
-    view.print(_policy_table(rows, chosen))
+    view.print(_policy_table(problem, rows, chosen))
     refused: dict[str, list[str]] = {}
     for row in rows:
         if isinstance(row, Refused):
@@ -170,8 +170,9 @@ def _summary(row: Row) -> list[str]:
     return lines + [f"  · {reason}" for reason in row.plan.reasons]
 
 
-def _policy_table(rows: Sequence[Row | Refused], chosen: Row) -> Table:
-    columns = ("kept", "loaded", "copied", "busiest link", "its bytes", "predicted", "of the bound")
+def _policy_table(problem: Problem, rows: Sequence[Row | Refused], chosen: Row) -> Table:
+    planes = ("replayed",) if problem.plane_bytes else ()  # KV heads: who brings less can be sooner
+    columns = ("kept", "loaded", "copied", *planes, "busiest link", "its bytes", "predicted", "of the bound")
     table = _table("all policies", "policy", *columns)
     for row in rows:
         if isinstance(row, Refused):
@@ -183,6 +184,7 @@ def _policy_table(rows: Sequence[Row | Refused], chosen: Row) -> Table:
             size(row.kept_bytes),
             size(row.loaded_bytes),
             size(row.copied_bytes),
+            *(str(len(row.plan.replayed) or "-") for _ in planes),
             row.busiest_link or "-",
             size(row.busiest_bytes),
             duration(row.predicted_s),
@@ -261,4 +263,7 @@ def _policy(row: Row | Refused) -> dict[str, Any]:
         "busiest_bytes",
         "predicted_s",
     )
-    return {field: getattr(row, field) for field in (*fields, "bound_s")} | {"num_stages": row.plan.num_stages}
+    return {field: getattr(row, field) for field in (*fields, "bound_s")} | {
+        "num_stages": row.plan.num_stages,
+        "replayed_kv_heads": list(row.plan.replayed),
+    }
