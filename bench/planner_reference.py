@@ -160,11 +160,27 @@ def _family(programme, problem, family, sizes, after, wishes, scale, integral) -
         everything = {at: 1.0 for device in problem.devices for at in width[group, device]}
         programme.row(everything, size, size)
     low, high = problem.total_bounds(family, sizes)
-    for device in problem.devices:
-        row = {at: 1.0 for group in range(len(sizes)) for at in width[group, device]}
+    total = {d: {at: 1.0 for group in range(len(sizes)) for at in width[group, d]} for d in problem.devices}
+    for device, row in total.items():
         # Where layers force it, all layers together are less even than they might be.
         actual = len(after[device][family]) if after else low[device]
         programme.row(row, min(low[device], actual), max(high[device], actual))
+    if integral:
+        _whole_totals(programme, problem, family, total)
+
+
+def _whole_totals(programme, problem, family, total) -> None:
+    """That the units of a device, and of an island, are a whole number follows from the rest. But to decide about
+    these first settles far more than to decide layer by layer, of which many are alike."""
+    islands: dict[str, dict[int, float]] = defaultdict(dict)
+    for device, row in total.items():
+        islands[problem.islands[device]] |= row
+    for name, row in (
+        *((("of", d), row) for d, row in total.items()),
+        *((("on", i), row) for i, row in islands.items()),
+    ):
+        whole = programme.var(("total", family, *name), integral=True)
+        programme.row({**row, whole: -1.0}, 0.0, 0.0)
 
 
 def _heads(programme, problem, wishes, copies, scale, integral) -> None:

@@ -109,6 +109,44 @@ def test_which_devices_stay_leave_and_join(document, arguments, to, lost, leavin
     assert names == {"to": to, "lost": lost, "leaving": leaving, "joining": joining}
 
 
+def test_devices_of_other_nodes_take_over(document):
+    """The old ones are read until the end; neither group has a device of the other."""
+    found = document(QWEN, "--from", "4", "--onto", "gpu:4,gpu:5,6,7", "--topology", "2-nodes-8")
+    asked = found["problem"]
+    assert asked["leaving"] == [f"gpu:{i}" for i in range(4)] and asked["to"] == [f"gpu:{i}" for i in range(4, 8)]
+    assert sum(device["kept_bytes"] for device in found["devices"].values()) == 0
+
+
+def test_who_is_sooner_because_it_brings_no_kv_cache_is_seen_to(document, run):
+    arguments = (QWEN, "--from", "4", "--onto", "4,5,6,7", "--topology", "2-nodes-8", "--kv-tokens", "10000")
+    rows = {row["policy"]: row for row in document(*arguments)["policies"]}
+    assert rows["reload"]["predicted_s"] < rows["makespan"]["predicted_s"]
+    assert rows["reload"]["replayed_kv_heads"] == [0, 1, 2, 3] and rows["makespan"]["replayed_kv_heads"] == []
+    assert "replayed" in run("plan", *arguments)[1] and "replayed" not in run("plan", QWEN, "--lost", "3")[1]
+
+
+@pytest.mark.parametrize("model", [QWEN, "Qwen3-8B"])
+def test_a_fault_after_others_begins_with_what_those_left(document, model):
+    """A fault after two: the survivors keep all they hold, and receive no more than what the third lost."""
+    third = document(model, "--from", "8", "--already-lost", "6,1", "--lost", "3")
+    assert third["problem"]["from"] == [f"gpu:{i}" for i in (0, 2, 3, 4, 5, 7)]
+    assert list(third["devices"]) == [f"gpu:{i}" for i in (0, 2, 4, 5, 7)]
+    ours = next(row for row in third["policies"] if row["policy"] == "makespan")
+    total = third["problem"]["total_bytes"]
+    assert ours["kept_bytes"] > 0.8 * total and ours["loaded_bytes"] >= third["problem"]["lost_bytes"] > 0.1 * total
+    assert ours["predicted_s"] <= min(row["predicted_s"] for row in third["policies"])
+
+
+def test_a_policy_whose_plan_does_not_fit_is_said_to_and_hides_no_other(document, run):
+    arguments = ("Qwen3-8B", "--lost", "3", "--memory", "1=2.35")
+    by_name = {row["policy"]: row for row in document(*arguments)["policies"]}
+    assert "gpu:1 would hold 2.4 GB" in by_name["reload"]["refused"] and "predicted_s" in by_name["makespan"]
+    status, out, _ = run("plan", *arguments)
+    assert status == 0 and "without room: reload, greedy, cmm, units. gpu:1 would hold" in out
+    status, out, err = run("plan", *arguments, "--policy", "reload")
+    assert (status, out) == (2, "") and "reload: gpu:1 would hold 2.4 GB" in err and "2.4 GB" in err
+
+
 def test_a_new_device_is_filled_and_widths_follow_speeds(document):
     grown = document("Qwen3-8B", "--from", "3", "--to", "4")
     assert grown["devices"]["gpu:3"]["kept_bytes"] == 0
@@ -224,6 +262,12 @@ def test_plot_is_a_picture_and_stdout_stays_one_document(run, tmp_path):
         ((QWEN, "--lost", "3,3"), ("gpu:3 twice",)),
         ((QWEN, "--from", "2", "--lost", "0,1"), ("no device is left",)),
         ((QWEN, "--from", "40", "--topology", "cluster-5x8"), ("40 devices", "32 q heads")),
+        ((QWEN, "--from", "4", "--lost", "0", "--onto", "0,1"), ("--onto names gpu:0", "lost")),
+        ((QWEN, "--from", "4", "--to", "3", "--onto", "0,1"), ("--to 3", "--onto 0,1")),
+        ((QWEN, "--from", "4", "--onto", "cpu:1"), ("--onto", "'cpu:1'", "gpu:7")),
+        ((QWEN, "--lost", "3", "--already-lost", "5,3"), ("gpu:3", "--already-lost")),
+        ((QWEN, "--lost", "0", "--already-lost", "8"), ("--already-lost 8", "0 to 7")),
+        ((QWEN, "--from", "2", "--already-lost", "0", "--lost", "1"), ("no device is left",)),
         ((QWEN, "--topology", "dgx-b200"), ("dgx-b200", "dgx-h100", "cluster-NxM")),
         ((QWEN, "--policy", "best"), ("best", "makespan")),
         ((QWEN, "--speed", "0=0"), ("speed of gpu:0", "0")),

@@ -231,24 +231,46 @@ def test_makespan_is_near_what_can_be_proven(kind):
     assert not far and len(unsolved) <= 3
 
 
-# Out of 6,000 random problems with small units those that plans were once 2 to 23 % above the bound of.
-HARD = (735, 998, 1311, 1741, 100_469, 100_631, 100_870, 101_479, 101_645, 101_726, 201_110)
+# Random problems of `python -m bench.planner` with small units that plans were once 2 to 23 % above the bound of.
+HARD = (735, 998, 1311, 1741, 100_469, 100_631, 100_870, 101_479, 101_645, 101_726, 201_110, 118_327_357_223)
+HARD += (300_057, 300_128)  # which copy of an expert is dropped decides
+
+
+def hard_problem(seed: int) -> Problem:
+    kind = KINDS[seed % 100_000 % len(KINDS)]
+    return random_problem(random.Random(seed), fine=True, kind=kind, copies=None if kind == "shrink" else False)
 
 
 @pytest.mark.parametrize("seed", HARD)
 def test_makespan_is_near_the_bound_where_it_once_was_not(seed):
-    kind = KINDS[seed % 100_000 % len(KINDS)]
-    problem = random_problem(random.Random(seed), fine=True, kind=kind, copies=False)
+    problem = hard_problem(seed)
     plan = makespan(problem)
     assert reference.apply(plan) == plan.after
     assert predict(plan, problem.topology).makespan_s <= 1.02 * max(lp_bound(problem, plan.after), plan.bound_s)
 
 
+@pytest.mark.parametrize("seed", [100_184, 300_418, 301_361, 301_695])
+def test_units_is_not_faster_where_it_once_was(seed):
+    """Where devices are reached at different speeds the even placement can be better than one that looks at them."""
+    problem = hard_problem(seed)
+    ours, even = (predict(policy(problem), problem.topology).makespan_s for policy in (makespan, POLICIES["units"]))
+    assert ours <= even
+
+
+def test_highs_proves_a_plan_the_best_that_is_above_what_split_units_could_reach():
+    """One expert takes a link from the host 0.5 of 1.2 ms: 3.8 % above the linear programme, which splits it."""
+    problem = hard_problem(201_646)
+    plan = makespan(problem)
+    seconds = predict(plan, problem.topology).makespan_s
+    assert seconds > 1.03 * lp_bound(problem, plan.after)
+    assert seconds <= 1.01 * lp_bound(problem, plan.after, integral=True, gap=5e-3, time_limit_s=60.0)
+
+
 @settings(deadline=None, max_examples=40, derandomize=True)
 @given(st.sampled_from(sorted(set(KINDS))), st.integers(0, 2**40))
 def test_makespan_is_near_what_units_of_any_size_can_reach(kind, seed):
-    """Within 3 % (2 % but for one problem in thousands) of the planner's own bound, else of the linear programme, else
-    of what HiGHS proves of whole units; and no other policy is faster (but for pages, at which bytes are cut)."""
+    """Within 2 % of the planner's own bound, else of the linear programme, else of what HiGHS proves of whole units;
+    and no other policy is faster (but for pages, at which bytes are cut)."""
     problem = random_problem(random.Random(seed), fine=True, kind=kind, copies=None if kind == "shrink" else False)
     plan = makespan(problem)
     seconds = predict(plan, problem.topology).makespan_s
@@ -256,10 +278,10 @@ def test_makespan_is_near_what_units_of_any_size_can_reach(kind, seed):
         other = POLICIES[name](problem)
         if len(other.replayed) <= len(plan.replayed):
             assert predict(other, problem.topology).makespan_s >= seconds * (1 - 1e-4)
-    if seconds > plan.bound_s * 1.03:
+    if seconds > plan.bound_s * 1.02:
         try:
-            near = seconds <= 1.03 * lp_bound(problem, plan.after, time_limit_s=4.0)
-            assert near or seconds <= 1.03 * lp_bound(problem, plan.after, integral=True, time_limit_s=4.0)
+            near = seconds <= 1.02 * lp_bound(problem, plan.after, time_limit_s=4.0)
+            assert near or seconds <= 1.02 * lp_bound(problem, plan.after, integral=True, time_limit_s=4.0)
         except Unsolved:
             reject()
 

@@ -19,6 +19,8 @@ from anchortp.plan import (
     FromPeer,
     Plan,
     Problem,
+    Refused,
+    Row,
     Shape,
     compare,
     explain,
@@ -387,6 +389,28 @@ def test_more_devices_than_q_heads_are_refused():
 # ------------------------------------------------------------------------------------------------ seen from outside
 
 
+def test_compare_names_the_policies_whose_plan_does_not_fit():
+    """Room for what balance asks for at the least, where interval cuts and whole KV heads ask for more."""
+    shape = SHAPES["Qwen3-8B"]
+    problem = replace(problem_of(shape, ("gpu:3",)), memory_bytes={"gpu:1": 2_350_000_000})
+    rows = {row.policy: row for row in compare(problem)}
+    assert list(rows) == list(POLICIES)
+    assert isinstance(rows["makespan"], Row)
+    refused = rows["reload"]
+    assert isinstance(refused, Refused) and "gpu:1 would hold 2.4 GB" in refused.why
+    nobody = compare(replace(problem, memory_bytes=dict.fromkeys(GPUS, 10**9)))
+    assert all(isinstance(row, Refused) for row in nobody)
+
+
+def test_no_plan_is_below_the_bound_that_is_shown():
+    """Here `greedy` drops all copies of experts, and has less to load than any plan that keeps them."""
+    rows = compare(random_problem(random.Random(101_176), fine=True, kind="shrink"))
+    assert all(row.predicted_s >= row.bound.seconds > 0 for row in rows)
+    best = next(row for row in rows if row.policy == "makespan").plan
+    copies = {row.policy: sum(len(shard[EXPERT]) for shard in row.plan.after.shards) for row in rows}
+    assert copies["greedy"] < copies["makespan"] == sum(len(shard[EXPERT]) for shard in best.after.shards)
+
+
 def test_compare_puts_all_policies_side_by_side():
     rows = compare(problem_of(SHAPES["Qwen3-8B"], ("gpu:3",)))
     assert [row.policy for row in rows] == list(POLICIES)
@@ -401,7 +425,31 @@ def test_explain_says_where_a_unit_comes_from():
     lost = explain(plan, KV, 3)
     assert "was on gpu:3 alone, which is lost" in lost and "loads it from host" in lost
     assert "keeps it" in explain(plan, VOCAB, 0)
-    assert "replay" in explain(plan, PLANE, 3)
+    assert "bytes" not in lost.split("·")[0], "it comes whole"
+
+
+def test_explain_says_that_a_plane_without_a_source_is_replayed():
+    """Both holders of KV head 1 are lost; with a mirror its plane is loaded, by those that need it alone."""
+    shape = SHAPES["Qwen3-30B-A3B"]
+    problem = problem_of(shape, ("gpu:2", "gpu:3"), plane_bytes=shape.plane_bytes(10_000))
+    replayed = explain(makespan(problem), PLANE, 1)
+    assert "was on gpu:2, gpu:3 alone, which are lost; no mirror has it" in replayed
+    assert "keeps it" not in replayed and "loads it" not in replayed
+    mirrored = explain(makespan(replace(problem, planes_at=("host",))), PLANE, 1)
+    assert "it must come from a store" in mirrored and "loads it from host" in mirrored
+    assert "replay" not in mirrored and "keeps it" not in mirrored
+
+
+def test_explain_names_who_lets_go_and_what_comes_in_parts():
+    """Growing: the new device takes q heads from others, and what is large over several links at once."""
+    shape, topology = SHAPES["Qwen3-30B-A3B"], preset("mi210-2x4")
+    plan = makespan(Problem(units=shape, before=initial_layout(shape, GPUS[:7]), devices=GPUS, topology=topology))
+    drop = next(drop for drop in plan.drops if drop.family == ATTENTION)
+    text = explain(plan, ATTENTION, drop.unit)
+    assert f"{drop.device} lets go of it" in text and f"{drop.device} keeps it" not in text
+    part = next(move for move in plan.moves if move.first_byte and move.family != KV)
+    assert explain(plan, part.family, part.unit).count(f"{part.device} ") >= 2
+    assert f"(bytes {part.first_byte} to " in explain(plan, part.family, part.unit)
 
 
 def test_reasons_name_counts_devices_and_the_bound():

@@ -84,7 +84,7 @@ def test_transformers_5_writes_another_name_for_the_number_of_experts():
     ("raw", "error", "message"),
     [
         ({"model_type": "gpt2"}, UnsupportedModel, "'gpt2' cannot be planned; these can: llama"),
-        ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, ConfigError, "lacks 'vocab_size'"),
+        ({k: v for k, v in LLAMA.items() if k != "vocab_size"}, ConfigError, "'vocab_size' is missing"),
         (LLAMA | {"hidden_size": "wide"}, ConfigError, "wrong kind"),
         (LLAMA | {"num_key_value_heads": 4}, ConfigError, "6 attention heads are not a multiple of 4"),
         (LLAMA | {"num_hidden_layers": 0}, ConfigError, "num_layers is 0"),

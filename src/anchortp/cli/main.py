@@ -270,7 +270,11 @@ def plan(
     num_after: Annotated[
         int | None, typer.Option("--to", min=1, help="Devices of the new group. Default: those that are left.")
     ] = None,
+    onto: Annotated[str, typer.Option(help="Instead of --to: the devices of the new group, as gpu:4,gpu:5.")] = "",
     lost: Annotated[str, typer.Option(help="Devices whose memory is gone, by rank or name, as 3,5.")] = "",
+    already_lost: Annotated[
+        str, typer.Option(help="Devices that were lost before, one after the other: begin with what that left.")
+    ] = "",
     topology: Annotated[
         str, typer.Option(help="YAML file, preset (mi210-2x4, dgx-h100, pcie-4, 2-nodes-8, local) or cluster-NxM.")
     ] = "mi210-2x4",
@@ -297,7 +301,9 @@ def plan(
         model=model,
         num_before=num_before,
         num_after=num_after,
+        onto=onto,
         lost=lost,
+        already_lost=already_lost,
         topology=topology,
         policy=policy,
         speeds=tuple(speed or ()),

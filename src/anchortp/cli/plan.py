@@ -10,7 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from anchortp.cli.serving import parse_speeds
@@ -26,6 +26,7 @@ from anchortp.plan import (
     Shape,
     Topology,
     explain,
+    makespan,
     shape,
     shape_from_config,
 )
@@ -38,12 +39,14 @@ _FAMILIES = {"attention": ATTENTION, "kv": KV, "mlp": MLP, "vocab": VOCAB, "expe
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanOptions:
     """As typed. `num_before`: the topology's devices if None. `num_after`: the survivors if None. `lost`,
-    `speeds` and `memory` name devices, or ranks of the old group."""
+    `already_lost`, `speeds` and `memory` name devices, or ranks of the old group; `onto`, or places in the topology."""
 
     model: str
     num_before: int | None = None
     num_after: int | None = None
+    onto: str = ""
     lost: str = ""
+    already_lost: str = ""
     topology: str = DEFAULT_TOPOLOGY
     policy: str = DEFAULT_POLICY
     speeds: tuple[str, ...] = ()
@@ -60,7 +63,7 @@ def run(options: PlanOptions, *, json_output: bool, plot: Path | None, explain_u
     not fit.
     """
     from anchortp.cli import plan_view
-    from anchortp.plan import compare
+    from anchortp.plan import Refused, compare
 
     _check_policy(options.policy)
     problem = build_problem(options)
@@ -70,6 +73,8 @@ def run(options: PlanOptions, *, json_output: bool, plot: Path | None, explain_u
         return
     rows = compare(problem)
     chosen = next(row for row in rows if row.policy == options.policy)
+    if isinstance(chosen, Refused):
+        raise DoesNotFit(f"{chosen.policy}: {chosen.why}")
     if plot is not None:
         from anchortp.cli.plan_plot import draw
 
@@ -132,25 +137,38 @@ def build_problem(options: PlanOptions) -> Problem:
     units = load_shape(options.model)
     wanted = None if options.num_before is None else max(options.num_before, options.num_after or 0)
     topology = load_topology(options.topology, wanted)
-    old = _first_devices(topology, options.num_before)
-    lost = _named(options.lost, old, "--lost")
-    devices = _new_group(topology, old, lost, options.num_after)
-    before = initial_layout(units, old)
-    everyone = (*old, *(device for device in devices if device not in old))
+    first = _first_devices(topology, options.num_before)
+    gone = _named(options.already_lost, first, "--already-lost")
+    old = tuple(device for device in first if device not in gone)
+    lost = _named(options.lost, first, "--lost")
+    if again := set(lost).intersection(gone):
+        raise ConfigError(f"--lost names {min(again)}, which --already-lost names too; give it once.")
+    devices = _new_group(options, topology, old, lost, gone)
+    everyone = (*first, *(device for device in devices if device not in first))
     memory = _memory(options.memory, everyone)
-    _check_before(units, before, topology, memory)
-    return Problem(
+    even = initial_layout(units, first)
+    _check_before(units, even, topology, memory)
+    change = Problem(
         units=units,
-        before=before,
-        devices=devices,
+        before=even,
+        devices=first,
         topology=topology,
-        lost=lost,
         speeds=_speeds(options.speeds, everyone) or None,
         memory_bytes=memory or None,
         plane_bytes=units.plane_bytes(options.kv_tokens),
         planes_at=_split(options.kv_mirror),
         weights_at=_split(options.weights_at) or None,
     )
+    return replace(change, before=_after_faults(change, gone), devices=devices, lost=lost)
+
+
+def _after_faults(start: Problem, gone: Sequence[str]) -> Layout:
+    """What the default policy makes of one loss after the other."""
+    layout = start.before
+    for lost in gone:
+        rest = tuple(device for device in layout.devices if device != lost)
+        layout = makespan(replace(start, before=layout, devices=rest, lost=(lost,), speeds=None)).after
+    return layout
 
 
 def _first_devices(topology: Topology, count: int | None) -> tuple[str, ...]:
@@ -163,13 +181,22 @@ def _first_devices(topology: Topology, count: int | None) -> tuple[str, ...]:
     return known if count is None else known[:count]
 
 
-def _new_group(topology: Topology, old: tuple[str, ...], lost: tuple[str, ...], count: int | None) -> tuple[str, ...]:
+def _new_group(
+    options: PlanOptions, topology: Topology, old: tuple[str, ...], lost: tuple[str, ...], gone: tuple[str, ...]
+) -> tuple[str, ...]:
     """Survivors first, in rank order. With fewer places than survivors the last leave, readable until the end;
     with more, devices of the topology that were not in the old group join."""
-    survivors = tuple(device for device in old if device not in lost)
+    count, survivors = options.num_after, tuple(device for device in old if device not in lost)
+    if options.onto:
+        if count is not None:
+            raise ConfigError(f"--to {count} and --onto {options.onto} both say which devices go on; give one of them.")
+        devices = _named(options.onto, topology.devices, "--onto")
+        if dead := [device for device in devices if device in (*lost, *gone)]:
+            raise ConfigError(f"--onto names {dead[0]}, which is lost; give devices that work.")
+        return devices
     if count is None or count <= len(survivors):
         return survivors[:count]
-    idle = [device for device in topology.devices if device not in old]
+    idle = [device for device in topology.devices if device not in (*old, *gone)]
     missing = count - len(survivors)
     if missing > len(idle):
         raise ConfigError(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anchortp.cli.plan_view import duration, headline, link_rows, size
 from anchortp.errors import ConfigError
-from anchortp.plan import Problem, Row
+from anchortp.plan import Problem, Refused, Row
 
 if TYPE_CHECKING:
     from anchortp.plan.cost import Busy
@@ -19,10 +20,11 @@ MAX_LINKS = 36
 LEAST_SHARE = 0.01  # of the time: what is busy for less is not drawn
 HAIR = 0.07  # height of what would be too thin to see
 ROW_INCHES, BAR = 0.27, 0.78
+TITLE_COLUMNS = 88
 INK, MUTED, IDLE, LOAD, COPY, WAIT = "#1f2430", "#6b7280", "#eef0f3", "#2f6db3", "#e8872b", "#b3261e"
 
 
-def draw(problem: Problem, rows: Sequence[Row], policy: str, path: Path) -> None:
+def draw(problem: Problem, rows: Sequence[Row | Refused], policy: str, path: Path) -> None:
     """Writes the chart of `policy` with another for comparison below, on one time axis, to `path` (PNG, SVG, PDF).
 
     Raises ConfigError where matplotlib is missing or the file cannot be written.
@@ -32,7 +34,8 @@ def draw(problem: Problem, rows: Sequence[Row], policy: str, path: Path) -> None
     links, num_hidden = _links(panels)
     height = len(panels) * (len(links) * ROW_INCHES + 0.85) + 1.0
     figure, axes = plt.subplots(len(panels), 1, figsize=(11, height), sharex=True, squeeze=False, layout="constrained")
-    figure.suptitle(headline(problem), x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+    title = textwrap.fill(headline(problem), TITLE_COLUMNS)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
     scale, unit = _scale(max(row.predicted_s for row in panels))
     for axis, row in zip(axes[:, 0], panels, strict=True):
         _draw_panel(axis, row, links, scale)
@@ -57,9 +60,9 @@ def _pyplot() -> Any:
     return plt
 
 
-def _panels(rows: Sequence[Row], policy: str) -> list[Row]:
+def _panels(rows: Sequence[Row | Refused], policy: str) -> list[Row]:
     other = COMPARED_WITH if policy != COMPARED_WITH else DEFAULT
-    by_name = {row.policy: row for row in rows}
+    by_name = {row.policy: row for row in rows if isinstance(row, Row)}
     return [by_name[name] for name in (policy, other) if name in by_name]
 
 

@@ -6,16 +6,13 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from anchortp.layout import EVERY_FAMILY, KV
-from anchortp.plan import PLANE, FromHost, Plan, Problem, Row, Timeline, lower_bound
-
-if TYPE_CHECKING:
-    from anchortp.plan import Bound
+from anchortp.plan import PLANE, FromHost, Plan, Problem, Refused, Row, Timeline
 
 MAX_LINKS = 16  # rows of the link table; the rest is summed up in one
 PIPE_WIDTH = 120
@@ -100,16 +97,22 @@ def _leaving(problem: Problem) -> tuple[str, ...]:
 # ------------------------------------------------------------------------------------------------------- tables
 
 
-def show(problem: Problem, rows: Sequence[Row], chosen: Row) -> None:
+def show(problem: Problem, rows: Sequence[Row | Refused], chosen: Row) -> None:
     """The chosen plan in detail, then all policies side by side."""
     view = console()
     view.print(headline(problem), style="bold")
     view.print(_device_table(problem, chosen))
     if chosen.timeline.link_bytes:
         view.print(_link_table(chosen.timeline))
-    for line in _summary(chosen, lower_bound(problem)):
+    for line in _summary(chosen):
         view.print(line)
     view.print(_policy_table(problem, rows, chosen))
+    refused: dict[str, list[str]] = {}
+    for row in rows:
+        if isinstance(row, Refused):
+            refused.setdefault(row.why, []).append(row.policy)
+    for why, policies in refused.items():
+        view.print(f"without room: {', '.join(policies)}. {why}")
 
 
 def _table(title: str, *columns: str, left: int = 1) -> Table:
@@ -152,12 +155,13 @@ def _link_table(timeline: Timeline) -> Table:
     return table
 
 
-def _summary(row: Row, bound: Bound) -> list[str]:
+def _summary(row: Row) -> list[str]:
+    bound = row.bound
     lines = [f"predicted: {duration(row.predicted_s)} in {row.plan.num_stages} stage(s)"]
     for step in row.timeline.critical:
         speed = row.timeline.topology.link(step.link).bytes_per_s
         lines.append(
-            f"  stage {step.stage} waits for {step.link}: {size(step.num_bytes)} at {rate(speed)} "
+            f"  stage {step.stage + 1} waits for {step.link}: {size(step.num_bytes)} at {rate(speed)} "
             f"= {duration(step.seconds)}"
         )
     lines.append(f"lower bound: {duration(bound.seconds)}, {size(bound.lost_bytes)} to load at least ({bound.why})")
@@ -166,16 +170,21 @@ def _summary(row: Row, bound: Bound) -> list[str]:
     return lines + [f"  · {reason}" for reason in row.plan.reasons]
 
 
-def _policy_table(problem: Problem, rows: Sequence[Row], chosen: Row) -> Table:
-    columns = ("kept", "loaded", "copied", "busiest link", "its bytes", "predicted", "of the bound")
+def _policy_table(problem: Problem, rows: Sequence[Row | Refused], chosen: Row) -> Table:
+    planes = ("replayed",) if problem.plane_bytes else ()  # KV heads: who brings less can be sooner
+    columns = ("kept", "loaded", "copied", *planes, "busiest link", "its bytes", "predicted", "of the bound")
     table = _table("all policies", "policy", *columns)
     for row in rows:
+        if isinstance(row, Refused):
+            table.add_row(row.policy, *("" for _ in columns[1:]), "no room")
+            continue
         ratio = f"{row.predicted_s / row.bound_s:.2f} x" if row.bound_s else "-"
         table.add_row(
             row.policy,
             size(row.kept_bytes),
             size(row.loaded_bytes),
             size(row.copied_bytes),
+            *(str(len(row.plan.replayed) or "-") for _ in planes),
             row.busiest_link or "-",
             size(row.busiest_bytes),
             duration(row.predicted_s),
@@ -188,14 +197,13 @@ def _policy_table(problem: Problem, rows: Sequence[Row], chosen: Row) -> Table:
 # ----------------------------------------------------------------------------------------------------- document
 
 
-def as_document(problem: Problem, rows: Sequence[Row], chosen: Row) -> dict[str, Any]:
+def as_document(problem: Problem, rows: Sequence[Row | Refused], chosen: Row) -> dict[str, Any]:
     """Everything the tables show, unrounded: bytes, seconds, bytes per second."""
-    bound = lower_bound(problem)
     return {
         "problem": _problem(problem),
         "policy": chosen.policy,
         "predicted_s": chosen.predicted_s,
-        "lower_bound": asdict(bound),
+        "lower_bound": asdict(chosen.bound),
         "devices": _devices(problem, chosen),
         "links": [
             {"link": name, "bytes": num_bytes, "bytes_per_s": speed, "busy_s": busy_s, "share": share}
@@ -243,7 +251,9 @@ def _devices(problem: Problem, row: Row) -> dict[str, Any]:
     }
 
 
-def _policy(row: Row) -> dict[str, Any]:
+def _policy(row: Row | Refused) -> dict[str, Any]:
+    if isinstance(row, Refused):
+        return {"policy": row.policy, "refused": row.why}
     fields = (
         "policy",
         "kept_bytes",
@@ -253,4 +263,7 @@ def _policy(row: Row) -> dict[str, Any]:
         "busiest_bytes",
         "predicted_s",
     )
-    return {field: getattr(row, field) for field in (*fields, "bound_s")} | {"num_stages": row.plan.num_stages}
+    return {field: getattr(row, field) for field in (*fields, "bound_s")} | {
+        "num_stages": row.plan.num_stages,
+        "replayed_kv_heads": list(row.plan.replayed),
+    }

@@ -3,7 +3,7 @@ IO, no clock. (numpy is imported by the first plan that needs it, not with this 
 
 from anchortp.plan.bound import Bound, lower_bound
 from anchortp.plan.change import fill_plan, plan_change
-from anchortp.plan.compare import Row, compare
+from anchortp.plan.compare import Refused, Row, compare
 from anchortp.plan.cost import Busy, Critical, Flow, Timeline, predict
 from anchortp.plan.explain import explain
 from anchortp.plan.plan import PLANE, REPLICATED, Drop, FromHost, FromPeer, Move, Plan, moves_between
@@ -43,6 +43,7 @@ __all__ = [
     "Policy",
     "Problem",
     "Rates",
+    "Refused",
     "Row",
     "Shape",
     "Timeline",

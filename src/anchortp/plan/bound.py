@@ -10,7 +10,8 @@ family, a small transport problem: who receives what, within the widths that bal
 
 Two details keep this a true bound for plans that forward what they receive and pass units on:
 - A further copy of a KV head may come from any device, so it pays only the cheapest way in from anywhere; and a
-  device may receive up to all the q heads of a group for one copy. A lost KV head comes from a store once.
+  device may receive up to all the q heads of a group for one copy. A lost KV head comes from a store once. (Where a
+  KV head has but one q head, there are no further copies, and it pays its way as that does.)
 - Devices may pass on units that they hold to make room; such units pay their own way.
 """
 
@@ -26,6 +27,8 @@ from anchortp.layout import ATTENTION, KV
 from anchortp.plan.placement import Placement, place
 from anchortp.plan.plan import REPLICATED
 from anchortp.plan.problem import Problem
+from anchortp.plan.retain import by_group
+from anchortp.plan.ways import Ways
 
 _K = TypeVar("_K", bound=Hashable)
 LARGE = 16  # devices from which on a simpler, weaker bound is taken where the transport problem would be large
@@ -89,76 +92,94 @@ def sizes_of(problem: Problem, placement: Placement) -> Sizes:
     return {family: placement.sizes(family) for family in problem.families if family not in (ATTENTION, KV)}
 
 
-def price_bound(problem: Problem, prices: Sequence[float], sizes: Sizes) -> float:
-    """Seconds that every plan needs, by these prices (>= 0, in seconds per byte, sum of price x bandwidth <= 1)."""
+def price_bound(problem: Problem, prices: Sequence[float], sizes: Sizes, *, by_layer: bool = False) -> float:
+    """Seconds that every plan needs, by these prices (>= 0, in seconds per byte, sum of price x bandwidth <= 1).
+    `by_layer`: also looks at each layer of experts alone, which takes longer and matters where layers differ."""
     ways = _Ways(problem, prices)
-    total = sum(_sharded(problem, ways, family, of) for family, of in sizes.items())
+    total = sum(_sharded(problem, ways, family, of, by_layer) for family, of in sizes.items())
     total += _heads(problem, ways)
     if problem.fresh and problem.units.replicated_bytes:
         total += problem.size(REPLICATED) * sum(ways.entry(device) for device in problem.fresh)
     return total
 
 
-class _Ways:
-    """Price per byte of the cheapest way to each device, from the stores, from one device, or from anywhere."""
+class _Ways(Ways):
+    """With what only a bound asks for: the least that something can pay wherever it comes from."""
 
     def __init__(self, problem: Problem, prices: Sequence[float]):
-        self.network, self.prices, self.problem = problem.network, prices, problem
-        self.from_stores, _ = self.network.cheapest(dict.fromkeys(problem.stores, 0.0), prices)
-        self._from: dict[str, dict[str, float]] = {}
+        super().__init__(problem, prices)
         self._entry = dict.fromkeys(problem.devices, math.inf)
-        for price, link in zip(prices, self.network.links, strict=True):
+        for price, link in zip(prices, problem.network.links, strict=True):
             if price < self._entry.get(link.dst, 0.0):
                 self._entry[link.dst] = price
-
-    def from_device(self, source: str, device: str) -> float:
-        """From the device or a store, whichever is cheaper; nothing if it is there already."""
-        if source not in self._from:
-            self._from[source], _ = self.network.cheapest(
-                {source: 0.0} | dict.fromkeys(self.problem.stores, 0.0), self.prices
-            )
-        return self._from[source][device]
 
     def entry(self, device: str) -> float:
         """From anywhere else at all: the cheapest last link."""
         return self._entry[device]
 
+    def kv_copy(self, kv_head: int, device: str, num_heads: int) -> float:
+        """What it costs that a KV head, which `num_heads` q heads read, and its plane come to the device. If that is
+        but one, no other device can need them and pass them on."""
+        paid = self.kv_head(kv_head, device) if num_heads == 1 else math.inf
+        return paid if math.isfinite(paid) else self.entry(device) * self.problem.copy_bytes(kv_head)
 
-def _sharded(problem: Problem, ways: _Ways, family: str, sizes: Sequence[int]) -> float:
-    """The transport problem of one family."""
-    low, high = problem.total_bounds(family, sizes)
-    size, held = problem.size(family), problem.slots[family]
-    missing = len(problem.missing[family])
+
+Held = Mapping[str, Sequence[int]]  # device -> units
+
+
+def _sharded(problem: Problem, ways: _Ways, family: str, sizes: Sequence[int], by_layer: bool = False) -> float:
+    """What the units of one family cost at least, all layers together (and if that is more: one by one)."""
+    bounds = problem.total_bounds(family, sizes)
+    paid = _placed(problem, ways, problem.slots[family], len(problem.missing[family]), sum(sizes), *bounds)
+    if by_layer and len(sizes) > 1 and len(problem.devices) <= LARGE:
+        groups = by_group(problem, family, len(sizes), problem.units.num_units[family] // len(sizes))
+        layers = (
+            _placed(problem, ways, held | leaving, len(missing), size, *problem.bounds(size))
+            for (held, leaving, missing), size in zip(groups, sizes, strict=True)
+        )
+        paid = max(paid, sum(layers))
+    return problem.size(family) * paid
+
+
+def _placed(
+    problem: Problem,
+    ways: _Ways,
+    held: Held,
+    num_missing: int,
+    num_units: int,
+    low: Mapping[str, int],
+    high: Mapping[str, int],
+) -> float:
+    """The transport problem of `num_units` units, copies included: prices paid, for units of one byte."""
     counts = {d: len(held.get(d, ())) for d in problem.devices}
-    leaving = set(held) - set(problem.devices)
+    leaving = any(units for device, units in held.items() if device not in counts)
     room = sum(max(0, low[d] - counts[d]) for d in problem.devices)
-    all_stay = sum(counts.values()) + missing == sum(sizes) and all(counts[d] <= high[d] for d in counts)
-    if not leaving and missing >= room and all_stay:
+    all_stay = sum(counts.values()) + num_missing == num_units and all(counts[d] <= high[d] for d in counts)
+    if not leaving and num_missing >= room and all_stay:
         # Passing units on to make room pays no less than going there directly (triangle inequality).
         least = {d: low[d] - counts[d] for d in problem.devices}
         most = {d: high[d] - counts[d] for d in problem.devices}
-        return size * _fill(missing, least, most, ways.from_stores)
+        return _fill(num_missing, least, most, ways.from_stores)
     if len(problem.devices) > LARGE:
-        return size * sum(max(0, low[d] - counts[d]) * ways.entry(d) for d in problem.devices)
-    supply, low = _supply(problem, family, low)
+        return sum(max(0, low[d] - counts[d]) * ways.entry(d) for d in problem.devices)
+    supply, low = _supply(problem, held, num_missing, low)
     cost = {
         (sources, d): min((ways.from_device(s, d) for s in sources), default=ways.from_stores[d])
         for sources in supply
         for d in problem.devices
     }
-    return size * transport(supply, low, high, cost)[1]
+    return transport(supply, low, high, cost)[1]
 
 
-def _supply(problem: Problem, family: str, low: Mapping[str, int]) -> tuple[dict[tuple[str, ...], int], dict[str, int]]:
+def _supply(
+    problem: Problem, held: Held, num_missing: int, low: Mapping[str, int]
+) -> tuple[dict[tuple[str, ...], int], dict[str, int]]:
     """Units that must end somewhere, by the devices that hold them now. Units with several holders in the group may
     stay on either, or on both: they are left out, and the least that each such holder must have is lowered."""
-    stay, counted = (
-        set(problem.devices),
-        Counter(u for units in problem.slots[family].values() for u in units),
-    )
+    stay, counted = set(problem.devices), Counter(u for units in held.values() for u in units)
     several: dict[int, tuple[str, ...]] = {u: () for u, n in counted.items() if n > 1}
-    supply: Counter[tuple[str, ...]] = Counter({(): len(problem.missing[family])})
-    for device, units in problem.slots[family].items():
+    supply: Counter[tuple[str, ...]] = Counter({(): num_missing})
+    for device, units in held.items():
         sole = [unit for unit in units if unit not in several]
         supply[device,] += len(sole)
         for unit in units if len(sole) < len(units) else ():
@@ -210,10 +231,9 @@ def _heads(problem: Problem, ways: _Ways) -> float:
         per_group[group] = per_group.get(group, 0) + count
     opens = {}  # the share of a copy that comes with each q head
     for group, count in per_group.items() if has_kv else ():
-        copy = problem.copy_bytes(group)
         for device in problem.devices:
             if group not in problem.held[KV].get(device, ()):
-                opens[group, device] = ways.entry(device) * copy / max(1, min(count, high[device]))
+                opens[group, device] = ways.kv_copy(group, device, count) / max(1, min(count, high[device]))
     cost, size = {}, problem.size(ATTENTION)
     for source, group in supply:
         for device in problem.devices:
@@ -221,9 +241,9 @@ def _heads(problem: Problem, ways: _Ways) -> float:
             price = 0.0 if source == device else way * size
             cost[(source, group), device] = price + opens.get((group, device), 0.0)
     total = transport(supply, low, high, cost)[1]
-    for _ in problem.missing.get(KV, ()):
-        dearer = (ways.from_stores[d] - ways.entry(d) for d in problem.devices)
-        total += problem.size(KV) * max(0.0, min(dearer))
+    dearer = max(0.0, min(ways.from_stores[d] - ways.entry(d) for d in problem.devices))
+    shared = sum(per_group[group] > 1 for group in problem.missing.get(KV, ()))
+    total += shared * problem.size(KV) * dearer
     return total
 
 

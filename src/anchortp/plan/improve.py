@@ -1,14 +1,15 @@
 """Small changes to a placement that balance allows: which odd unit could be received by another device instead.
 
-Used by the `makespan` policy. A change is one of three: device b has a unit of one family more, and a one less; the
+Used by the `makespan` policy. A change is one of four: device b has a unit of one family more, and a one less; the
 same, and the other way round for a unit of another family or layer; the q heads of one KV head go to b instead of a, in
-exchange for as many of b's. What it gains is estimated with the prices of the links: a byte that is delivered at b
-instead of a costs `far[a] - far[b]` less, and one that a gives up saves what its receiver would pay from the stores.
+exchange for as many of b's; another copy of an expert is dropped than was to be. What it gains is estimated with the
+prices of the links: a byte that is delivered at b instead of a costs `far[a] - far[b]` less, and one that a gives up
+saves what its receiver would pay from the stores.
 """
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
@@ -16,15 +17,16 @@ from itertools import product
 from anchortp.layout import ATTENTION, EXPERT, KV
 from anchortp.plan.heads import kv_after
 from anchortp.plan.placement import Placement, Share
-from anchortp.plan.plan import PLANE
 from anchortp.plan.problem import Problem
+from anchortp.plan.ways import Ways
 
 
 @dataclass(frozen=True, slots=True)
 class Shift:
     """Device `a` ends with one unit of `family` less, and `b` with one more. `which`: the share (its index), or the q
-    heads. `back`: q heads that `a` gets instead, from `b`. `is_open`: all layers together stay balanced, so that it can
-    be done alone."""
+    heads. `back`: q heads that `a` gets instead, from `b`. `copy`: a device, and a copy of an expert that it was to
+    drop. It keeps that, and receives one less, or gives up another; `a` drops the copy `drops`. (`b` may be `a` then.)
+    `is_open`: all layers together stay balanced, so that it can be done alone."""
 
     family: str
     a: str
@@ -32,16 +34,21 @@ class Shift:
     which: tuple[int, ...]
     gain: float
     back: tuple[int, ...] = ()
+    copy: tuple[str, int] | None = None
+    drops: int = 0
     is_open: bool = True
 
 
 Change = tuple[Shift, ...]
 
 
-def changes(problem: Problem, placement: Placement, prices: Sequence[float], aim: float) -> list[Change]:
+def changes(
+    problem: Problem, placement: Placement, prices: Sequence[float], aim: float, *, thorough: bool = False
+) -> list[Change]:
     """All single shifts, exchanges and pairs that should gain something by these prices (per link, in seconds per
-    byte), those first whose gain is nearest to `aim` (seconds)."""
-    look = _Look(problem, placement, prices)
+    byte), those first whose gain is nearest to `aim` (seconds). `thorough`: also pairs in which the shift of an expert
+    gains nothing and only makes the other one possible, and other copies of experts."""
+    look = _Look(problem, placement, prices, thorough)
     shifts: dict[tuple[str, str], list[Shift]] = {}
     for shift in look.shifts():
         shifts.setdefault((shift.a, shift.b), []).append(shift)
@@ -68,9 +75,26 @@ def _go_together(shift: Shift, back: Shift) -> bool:
 def changed(problem: Problem, placement: Placement, change: Change) -> Placement:
     """The placement after the change; `placement` itself stays as it is."""
     for shift in change:
+        if shift.copy is not None:
+            placement = _with_other_copy(problem, placement, shift, *shift.copy)
+            shift = replace(shift, a=shift.copy[0])
         moved = _with_heads_moved if shift.family == ATTENTION else _with_unit_moved
         placement = moved(problem, placement, shift)
     return placement
+
+
+def _with_other_copy(problem: Problem, placement: Placement, shift: Shift, keeper: str, unit: int) -> Placement:
+    """`keeper` has one unit more than before, and `a` one less."""
+    family, at = shift.family, shift.which[0]
+    share, kept = placement.shares[at], placement.kept[family]
+    stay = {*kept[keeper], unit}
+    kept = kept | {
+        keeper: tuple(u for u in problem.slots[family][keeper] if u in stay),
+        shift.a: tuple(u for u in kept[shift.a] if u != shift.drops),
+    }
+    shares = list(placement.shares)
+    shares[at] = replace(share, held=share.held | {keeper: share.held[keeper] + 1, shift.a: share.held[shift.a] - 1})
+    return replace(placement, shares=shares, kept=placement.kept | {family: kept})
 
 
 def _with_unit_moved(problem: Problem, placement: Placement, shift: Shift) -> Placement:
@@ -132,17 +156,12 @@ def _state(share: Share, device: str) -> _State:
 class _Look:
     """What could change in a placement, and what that should gain."""
 
-    def __init__(self, problem: Problem, placement: Placement, prices: Sequence[float]):
-        self.problem, self.placement, self.prices = problem, placement, prices
-        self._trees: dict[tuple[str, ...], Mapping[str, float]] = {}
+    def __init__(self, problem: Problem, placement: Placement, prices: Sequence[float], thorough: bool):
+        self.problem, self.placement = problem, placement
+        self.thorough = thorough and EXPERT in problem.families
+        self.ways = Ways(problem, prices)
+        self.from_stores = self.ways.from_stores
         self._kv: dict[tuple[int, str], float] = {}
-        self.from_stores = {device: self.far(problem.stores, device) for device in problem.devices}
-
-    def far(self, sources: tuple[str, ...], device: str) -> float:
-        """Seconds per byte from the nearest of `sources`."""
-        if sources not in self._trees:
-            self._trees[sources], _ = self.problem.network.cheapest(dict.fromkeys(sources, 0.0), self.prices)
-        return self._trees[sources].get(device, math.inf)
 
     def head(self, head: int, device: str) -> float:
         """What it costs that `device` gets a q head."""
@@ -152,8 +171,8 @@ class _Look:
         holder = placement.head_holder.get(head)
         if holder is None:
             holder = next((d for d, heads in placement.kept[ATTENTION].items() if head in heads), None)
-        sources = problem.stores if holder is None else (holder, *problem.stores)
-        return problem.size(ATTENTION) * self.far(sources, device)
+        far = self.from_stores[device] if holder is None else self.ways.from_device(holder, device)
+        return problem.size(ATTENTION) * far
 
     def kv(self, group: int, device: str) -> float:
         """What it costs that `device` gets a KV head, and its plane, if it has not held them."""
@@ -161,11 +180,7 @@ class _Look:
         if KV not in problem.families or group in problem.held[KV].get(device, ()):
             return 0.0
         if key not in self._kv:
-            self._kv[key] = 0.0
-            for family in (KV, PLANE) if problem.plane_bytes else (KV,):
-                sources = (*problem.holders(family, group), *problem.stores_of(family))
-                if sources:  # else it is replayed
-                    self._kv[key] += problem.size(family) * self.far(sources, device)
+            self._kv[key] = self.ways.kv_head(group, device)
         return self._kv[key]
 
     def mine(self, device: str) -> dict[int, list[int]]:
@@ -198,9 +213,42 @@ class _Look:
             fewer, more = self._fewer(i, share, state), self._more(share, state)
             for a, b in product(fewer, more):
                 gain = size * (fewer[a] - more[b])
-                if a != b and gain and (a, b, state[a], state[b]) not in seen:
+                if a != b and (gain or self.thorough) and (a, b, state[a], state[b]) not in seen:
                     seen.add((a, b, state[a], state[b]))
                     yield Shift(family, a, b, (i,), gain, is_open=a in givers and b in takers)
+        if self.thorough and family == EXPERT:
+            for shift in self._copy_shifts(shares):
+                yield replace(shift, is_open=shift.a == shift.b or (shift.a in givers and shift.b in takers))
+
+    def _copy_shifts(self, shares: Sequence[tuple[int, Share]]) -> Iterator[Shift]:
+        """For each copy of an expert that is to be dropped, and each device that could drop one instead."""
+        problem, kept = self.problem, self.placement.kept[EXPERT]
+        per_layer, size = problem.units.num_units[EXPERT] // len(shares), problem.size(EXPERT)
+        copies = Counter(unit for units in kept.values() for unit in units)
+        for keeper, units in kept.items():
+            for unit in sorted(problem.held[EXPERT][keeper].difference(units)):
+                i, share = shares[unit // per_layer]
+                given = share.pool.released.get(keeper, ())
+                if unit in given or (
+                    not share.incoming[keeper] and _sole_unit(problem, self.placement, i, keeper) is None
+                ):
+                    continue
+                state = {device: _state(share, device) for device in problem.devices}
+                for a, b in product(kept, problem.devices):
+                    if a != keeper and (a == b or (b != keeper and state[a][2] and state[b][3])):
+                        drops = (u for u in kept[a] if u // per_layer == unit // per_layer)
+                        drop = next((u for u in drops if u == unit or copies[u] > 1), None)
+                        if drop is not None:
+                            gain = size * self._copy_gain(share, keeper, b)
+                            yield Shift(EXPERT, a, b, (i,), gain, copy=(keeper, unit), drops=drop)
+
+    def _copy_gain(self, share: Share, keeper: str, b: str) -> float:
+        """Seconds per byte that are saved if one unit less comes to (or can come from) `keeper` and one more to `b`."""
+        costs = self._one_more(share, b)
+        if share.incoming[keeper]:
+            return self.from_stores[keeper] - costs
+        near = self.from_stores[b] - self.ways.from_device(keeper, b)
+        return max(near, self._as_source(share, keeper)) - costs
 
     def _fewer(self, at: int, share: Share, state: Mapping[str, _State]) -> dict[str, float]:
         """Seconds per byte that are saved if a device has one unit less."""
@@ -210,23 +258,20 @@ class _Look:
                 saved[device] = self.from_stores[device]
             elif can_less and _sole_unit(self.problem, self.placement, at, device) is not None:
                 worth = self._as_source(share, device)
-                saved |= {device: worth} if worth else {}
+                saved |= {device: worth} if worth or self.thorough else {}
         return saved
 
     def _more(self, share: Share, state: Mapping[str, _State]) -> dict[str, float]:
         """Seconds per byte that it costs if a device has one unit more."""
-        return {
-            device: self._as_source(share, device) if gives else self.from_stores[device]
-            for device, (_, gives, _, can_more) in state.items()
-            if can_more
-        }
+        return {device: self._one_more(share, device) for device, (*_, can_more) in state.items() if can_more}
+
+    def _one_more(self, share: Share, device: str) -> float:
+        return self._as_source(share, device) if share.pool.released.get(device) else self.from_stores[device]
 
     def _as_source(self, share: Share, device: str) -> float:
         """What a unit that the device gives up saves who would receive it from a store else."""
-        sources = (device, *self.problem.stores)
-        return max(
-            (self.from_stores[d] - self.far(sources, d) for d, count in share.incoming.items() if count), default=0.0
-        )
+        wanting = (d for d, count in share.incoming.items() if count)
+        return max((self.from_stores[d] - self.ways.from_device(device, d) for d in wanting), default=0.0)
 
     def _open_ends(self, family: str, shares: list[Share]) -> tuple[list[str], list[str]]:
         """Devices that may end with one unit less, and with one more, over all layers together."""

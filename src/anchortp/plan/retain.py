@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from anchortp.plan.loads import way
+from anchortp.plan.loads import into, way
 from anchortp.plan.problem import Problem
 
 
@@ -108,9 +108,11 @@ def retain(
 def _spare_copy(
     problem: Problem, held: dict[str, list[int]], high: Mapping[str, int], copies: Counter[int]
 ) -> tuple[str, int] | None:
-    """A unit on a device above its most that another device of the group holds too. It goes from the device that has
-    the slowest way out: what it would have to release else would be the dearest to copy."""
-    for device in sorted(held, key=lambda d: -way_out(problem, d)):
+    """A unit on a device above its most that another device of the group holds too. It goes from the device that the
+    stores reach soonest; among equals from the one that has the slowest way out: what it would have to release else
+    would be the dearest to copy."""
+    slow = into(problem)
+    for device in sorted(held, key=lambda d: (slow[d], -way_out(problem, d))):
         if len(held[device]) > high[device]:
             for unit in reversed(held[device]):
                 if copies[unit] > 1:

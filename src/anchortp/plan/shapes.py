@@ -247,6 +247,6 @@ def shape_from_config(raw: Mapping[str, Any], name: str = "") -> Shape:
             dtype_bytes=4 if (raw.get("dtype") or raw.get("torch_dtype")) == "float32" else 2,
         )
     except KeyError as error:
-        raise ConfigError(f"config.json lacks {error.args[0]!r}; it must describe a {kind} model.") from None
+        raise ConfigError(f"{error.args[0]!r} is missing; a config.json of a {kind} model has it.") from None
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ConfigError(f"config.json holds a value of the wrong kind: {error}") from None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from anchortp.layout import EXPERT
 from anchortp.plan.assemble import assemble
-from anchortp.plan.bound import LARGE, lower_bound, price_bound, sizes_of
+from anchortp.plan.bound import LARGE, Sizes, lower_bound, price_bound, sizes_of
 from anchortp.plan.deliver import Delivery, deliver, floor_s
 from anchortp.plan.improve import changed, changes
 from anchortp.plan.loads import into
@@ -62,13 +62,16 @@ def _bound_reason(best: _Best) -> str:
 
 @dataclass(slots=True)
 class _Best:
+    problem: Problem
+    sizes: Sizes
     delivery: Delivery
     bound_s: float
     why: str
 
-    def raise_bound(self, seconds: float, why: str) -> None:
+    def raise_bound(self, prices: Sequence[float]) -> None:
+        seconds = price_bound(self.problem, prices, self.sizes, by_layer=self.is_far)
         if seconds > self.bound_s:
-            self.bound_s, self.why = seconds, why
+            self.bound_s, self.why = seconds, "by the prices of the links"
 
     @property
     def seconds(self) -> float:
@@ -78,23 +81,29 @@ class _Best:
     def is_near(self) -> bool:
         return self.seconds <= self.bound_s * (1 + NEAR)
 
+    @property
+    def is_far(self) -> bool:
+        return self.seconds > self.bound_s * FAR
+
 
 def _search(problem: Problem) -> _Best:
     delivery, prices = _delivery(problem)
     sizes = sizes_of(problem, delivery.placement)
     bound = lower_bound(problem, sizes)
-    best = _Best(delivery, bound.seconds, bound.why)
+    best = _Best(problem, sizes, delivery, bound.seconds, bound.why)
     if prices and not best.is_near:
-        best.raise_bound(price_bound(problem, prices, sizes), "by the prices of the links")
-    if best.seconds > best.bound_s * FAR:
+        best.raise_bound(prices)
+    if not best.is_near:
+        best.raise_bound(best.delivery.routing.prices)
+    if best.is_far:
         best.delivery = _with_all_widths(problem, best.delivery)
     cost = len(problem.devices) ** 2 + problem.units.num_units.get(EXPERT, 0) // UNITS_PER_WORK
-    tries = MAX_WORK // cost * (8 if best.seconds > best.bound_s * FAR else 1)
+    tries = MAX_WORK // cost * (8 if best.is_far else 1)
     while not best.is_near and tries > 0:
-        best.raise_bound(price_bound(problem, best.delivery.routing.prices, sizes), "by the prices of the links")
-        spent = tries if best.is_near else _step(problem, best, tries)
-        tries -= spent
-    if best.seconds > best.bound_s * FAR:
+        tries -= _step(problem, best, tries)
+        if tries > 0:
+            best.raise_bound(best.delivery.routing.prices)
+    if best.is_far:
         best.delivery = _with_intervals(problem, best.delivery)
     # Where layers force it, all layers together may be less even than the bound assumes.
     best.bound_s = min(best.bound_s, best.seconds)
@@ -106,6 +115,8 @@ def _delivery(problem: Problem) -> tuple[Delivery, Sequence[float]]:
     one. And the prices of the links, if they were found on the way."""
     slow, prices = into(problem), ()
     best = deliver(problem, place(problem, slow))
+    if len(set(slow.values())) > 1:  # else it is what `units` has, and no worse
+        best = _sooner(best, deliver(problem, place(problem, dict.fromkeys(slow, 1.0)), best.routing.seconds))
     found = best_widths(problem, best.placement)
     if found is not None:
         widths, prices = found
@@ -136,14 +147,15 @@ def _sooner(a: Delivery, b: Delivery) -> Delivery:
 
 
 def _step(problem: Problem, best: _Best, tries: int) -> int:
-    """Takes the first change that helps. Returns how many were tried: all of `tries` if none helps."""
+    """Takes the first change that helps. Returns how many were tried (where the bound is far: in vain); all of `tries`
+    if none helps."""
     prices = best.delivery.routing.prices
     placement, aim = best.delivery.placement, best.seconds - best.bound_s
-    for spent, change in enumerate(changes(problem, placement, prices, aim)[:tries], 1):
+    for spent, change in enumerate(changes(problem, placement, prices, aim, thorough=best.is_far)[:tries], 1):
         other, enough_s = changed(problem, placement, change), best.seconds * WORTH
         if floor_s(problem, other, prices) < enough_s:
             delivery = deliver(problem, other, enough_s)
             if delivery.routing.seconds < enough_s:
                 best.delivery = delivery
-                return spent
+                return spent - best.is_far
     return tries
