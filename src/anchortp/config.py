@@ -289,6 +289,7 @@ class EngineConfig:
     plan_policy: Literal["makespan", "units", "cmm", "greedy"] = "makespan"
     eplb: bool = True  # of a mixture of experts: replicate hot ones where memory allows
     eplb_interval_s: float = 10.0
+    eplb_replica_choices: float | None = None  # see `eplb.Limits.choices_per_replica`; None: by the kind of device
     pipelined_load: bool = True  # a layer computes when its weights are there
     speeds: tuple[tuple[str, float], ...] = ()
     min_step_deadline_s: float = 2.0

@@ -79,7 +79,7 @@ def around_loss(recovery: Coordinator, lost: str) -> tuple[Layout, Layout]:
 
 
 def test_hot_experts_get_replicas_while_streams_speak_and_what_has_one_is_not_loaded_again(folders):
-    with running_engine(folders["mixtral"], 3, eplb_interval_s=0.2) as driver:
+    with running_engine(folders["mixtral"], 3, eplb_interval_s=0.2, eplb_replica_choices=0.0) as driver:
         status = wait_balanced(driver, 1)
         experts = status["experts"]
         assert experts["replicas"] > 0 and experts["imbalance"] < experts["first_imbalance"]

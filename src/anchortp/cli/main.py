@@ -105,6 +105,12 @@ def serve(
     ] = PlanPolicy.makespan,
     eplb: Annotated[bool, typer.Option(help="Of a mixture of experts: replicate hot ones where memory allows.")] = True,
     eplb_interval: Annotated[float, typer.Option(help="Seconds between two looks at the experts' load.")] = 10.0,
+    eplb_replica_cost: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="What a replica costs a step beside its tokens, in tokens; else by the kind of device."
+        ),
+    ] = None,
     pipelined_load: Annotated[
         bool, typer.Option(help="Compute the first layers while the last are still loaded.")
     ] = True,
@@ -162,6 +168,7 @@ def serve(
         plan_policy=plan_policy.value,
         eplb=eplb,
         eplb_interval_s=eplb_interval,
+        eplb_replica_choices=eplb_replica_cost,
         pipelined_load=pipelined_load,
         packed_folder=str(cache_folder() / "packed") if packed_weights else "",
         speeds=serving.parse_speeds(speed or []),

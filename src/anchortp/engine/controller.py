@@ -898,7 +898,7 @@ def _expert_balancer(config: EngineConfig, units: ModelUnits) -> ExpertBalancer 
         return None
     from anchortp.engine.balancer import ExpertBalancer  # it imports numpy, which nothing else here needs
 
-    return ExpertBalancer(units, config.eplb_interval_s)
+    return ExpertBalancer(units, config.eplb_interval_s, config.eplb_replica_choices)
 
 
 def _recovery_config(config: EngineConfig) -> RecoveryConfig:
