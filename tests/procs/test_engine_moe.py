@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 
+from anchortp.cli.status import expert_line
 from anchortp.engine.faults import Strike
 from anchortp.layout import EXPERT, KV, Layout
 from anchortp.recovery import Coordinator
 from anchortp.recovery.events import Form
+from anchortp.server.metrics import EngineCollector
 from tests.procs.engine_tools import nothing_left, prompt_of, running_engine, wait_balanced
 from tests.tiny_model import write_model
 
@@ -64,6 +67,12 @@ def test_a_restart_attaches_to_experts_that_are_cut_alike(folders):
             driver.submit(prompt_of(3), 20).check()
 
 
+def one_collector(engine):
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(engine))
+    return registry
+
+
 def around_loss(recovery: Coordinator, lost: str) -> tuple[Layout, Layout]:
     """What all devices held when `lost` was, and what the group held that was formed without it; from the log."""
     again, before = Coordinator(recovery.units, recovery.config), None
@@ -82,6 +91,12 @@ def test_hot_experts_get_replicas_while_streams_speak_and_what_has_one_is_not_lo
     with running_engine(folders["mixtral"], 3, eplb_interval_s=0.2, eplb_replica_choices=0.0) as driver:
         status = wait_balanced(driver, 1)
         experts = status["experts"]
+        text = generate_latest(one_collector(driver.engine)).decode()
+        for line in ('experts{name="imbalance"}', 'expert_load{name="4"}', 'devices_expert_load{name="cpu:2"}'):
+            assert f"anchortp_{line} " in text
+        loads = [device["expert_load"] for device in status["devices"].values()]
+        assert sum(loads) == pytest.approx(sum(status["expert_load"].values())) and min(loads) > 0
+        assert f"imbalance (slowest device over mean): {experts['first_imbalance']:.3f} at first" in expert_line(status)
         assert experts["replicas"] > 0 and experts["imbalance"] < experts["first_imbalance"]
         assert any(change["outcome"] == "serving" and change["bytes"]["copied"] > 0 for change in status["changes"])
         streams = driver.speak(3, 150)
