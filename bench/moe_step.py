@@ -8,7 +8,8 @@ bandwidth that such cores share. It is measured, not modelled: real weights, rea
 planner of the engine.
 
 Per case the group loses a device. Without EPLB its experts go where there is room; with it the balancer, asked as the
-engine asks it, decides until it wants no more change. The last line on stdout is one JSON document.
+engine asks it, decides until it wants no more change. Steps of few tokens wait for weights to be read, which replicas
+cannot help; there the balancer is to leave things alone. The last line on stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from bench.common import conditions, console, finish, spread
 from bench.profile_step import BLOCK, served_config
 
 TURN_TIMEOUT_S = 300.0
+TAUGHT = 4  # steps whose load the balancer sees, each several times
 WORKLOADS = {  # name: sequences, new tokens of each, tokens of context
     "prefill of 4 x 512": (4, 512, 512),
     "decode of 64": (64, 1, 192),
@@ -77,35 +79,32 @@ def main() -> None:
 
 
 def measure(folder: Path, config: ModelConfig, before: int, after: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One loss: the steps of the group that is left, as it is left and as the balancer would have it."""
+    """One loss: the steps of the group that is left, as it is left and as the balancer would have it for each workload,
+    had the service nothing else to do."""
     units = model_units(config)
     names = tuple(f"cpu:{i}" for i in range(before))
     held = initial_layout(units, names).without(names[after:])
     layout = plan_change(units, held, held.devices, experts="stay").after
-    balancer = ExpertBalancer(units, every_s=0.0)
-    case: dict[str, Any] = {"before": before, "after": after, "workloads": {}}
-    with Group(folder, units, layout, balancer.parts(layout)) as group:
-        plain = steps(group, config, options.runs)
-        moe = group.decoders[0].moe
-        assert moe is not None
-        moe.take_load()
-        for index in range(FIRST_STEPS):  # tokens that are not those measured
-            group.step(batch_of(config, *WORKLOADS["prefill of 4 x 512"], seed=f"load {index}"))
-            balancer.step_done(1.0, moe.take_load())
-    case["imbalance_before"] = balancer.status(layout)["imbalance"]
-    layout, case["copies"] = settled(balancer, layout, options.slots * config.num_layers)
-    status = balancer.status(layout)
-    case |= {"imbalance_after": status["imbalance"], "replicas": status["replicas"]}
-    with Group(folder, units, layout, balancer.parts(layout)) as group:
-        balanced = steps(group, config, options.runs)
-    for name in WORKLOADS:
-        case["workloads"][name] = {
-            "without_eplb_s": spread(plain[name]),
-            "with_eplb_s": spread(balanced[name]),
-            "gain": statistics.median(plain[name]) / statistics.median(balanced[name]) - 1,
-        }
-    case["modelled_gain_of_experts"] = case["imbalance_before"] / case["imbalance_after"] - 1
-    return case
+    balancers = {name: ExpertBalancer(units, every_s=0.0) for name in WORKLOADS}
+    plain = {}
+    with Group(folder, units, layout, balancers[next(iter(WORKLOADS))].parts(layout)) as group:
+        for name, balancer in balancers.items():
+            group.teach(balancer, name)
+            plain[name] = group.steps(name, options.runs)
+    rows = {}
+    for name, balancer in balancers.items():
+        row = {"imbalance_before": balancer.status(layout)["imbalance"]}
+        other, row["copies"] = settled(balancer, layout, options.slots * config.num_layers)
+        status = balancer.status(other)
+        row |= {"imbalance_after": status["imbalance"], "replicas": status["replicas"]}
+        balanced = plain[name]
+        if status["rebalanced"]:
+            with Group(folder, units, other, balancer.parts(other)) as group:
+                balanced = group.steps(name, options.runs)
+        row |= {"without_eplb_s": spread(plain[name]), "with_eplb_s": spread(balanced)}
+        row["gain"] = statistics.median(plain[name]) / statistics.median(balanced) - 1
+        rows[name] = row
+    return {"before": before, "after": after, "workloads": rows}
 
 
 def settled(balancer: ExpertBalancer, layout: Layout, more_slots: int) -> tuple[Layout, int]:
@@ -120,15 +119,6 @@ def settled(balancer: ExpertBalancer, layout: Layout, more_slots: int) -> tuple[
         for stage in answer.stages:
             plan = balancer.plan(stage, layout, answer.reason)
             layout, copies = plan.after, copies + len(plan.moves)
-
-
-def steps(group: Group, config: ModelConfig, runs: int) -> dict[str, list[float]]:
-    """Seconds per step of each workload, other tokens each time."""
-    found: dict[str, list[float]] = {}
-    for name, shape in WORKLOADS.items():
-        seconds = [group.step(batch_of(config, *shape, seed=f"{name} {run}")) for run in range(runs + 1)]
-        found[name] = seconds[1:]
-    return found
 
 
 def batch_of(config: ModelConfig, num_seqs: int, num_new: int, context: int, seed: str) -> ForwardBatch:
@@ -223,6 +213,7 @@ class Group:
     """All ranks of a layout in this process. A context manager."""
 
     def __init__(self, folder: Path, units: ModelUnits, layout: Layout, parts: Mapping[str, Mapping[int, Part]]):
+        self.config = units.config
         self.decoders = [make_decoder(folder, units, layout, rank) for rank in range(len(layout.shards))]
         for decoder, device in zip(self.decoders, layout.devices, strict=True):
             assert decoder.moe is not None
@@ -234,6 +225,23 @@ class Group:
 
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown()
+        self.decoders.clear()  # weights, before the next group loads its own
+
+    def steps(self, workload: str, runs: int) -> list[float]:
+        """Seconds of as many steps, after one that is not counted, each with other tokens."""
+        batches = [batch_of(self.config, *WORKLOADS[workload], seed=f"{workload} {run}") for run in range(runs + 1)]
+        return [self.step(batch) for batch in batches][1:]
+
+    def teach(self, balancer: ExpertBalancer, workload: str) -> None:
+        """Shows the balancer the load of steps with tokens that are not those measured."""
+        moe = self.decoders[0].moe
+        assert moe is not None
+        moe.take_load()
+        for index in range(TAUGHT):
+            self.step(batch_of(self.config, *WORKLOADS[workload], seed=f"{workload}, taught {index}"))
+            load = moe.take_load()
+            for _ in range(FIRST_STEPS // TAUGHT):
+                balancer.step_done(1.0, load)
 
     def step(self, batch: ForwardBatch) -> float:
         """Seconds that the step would take if each rank had a core of its own."""
@@ -282,7 +290,7 @@ def show(cases: Sequence[Mapping[str, Any]]) -> None:
         for name, row in case["workloads"].items():
             table.add_row(
                 f"{case['before']} -> {case['after']}",
-                f"{case['imbalance_before']:.2f} -> {case['imbalance_after']:.2f}",
+                f"{row['imbalance_before']:.2f} -> {row['imbalance_after']:.2f}",
                 name,
                 *(f"{1e3 * row[key]['median']:.1f} ms" for key in ("without_eplb_s", "with_eplb_s")),
                 f"{row['gain']:+.1%}",
