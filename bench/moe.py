@@ -5,7 +5,8 @@ it speak (with EPLB: until no more experts move), loses a device, lets it speak 
 measures. With EPLB some experts of the lost device have replicas elsewhere: these are not loaded. The modelled step is
 the work of the slowest device of each layer, in choices of experts, over the mean; on cores that devices share the
 clock cannot tell (`bench.moe_step` can). So few tokens a step are seldom worth a replica; `--replica-cost 0` makes the
-balancer believe that they are, so that there are replicas for a loss to find. The last line on stdout is one JSON document.
+balancer believe that they are, so that there are replicas for a loss to find. The last line on stdout is one JSON
+document.
 """
 
 from __future__ import annotations
