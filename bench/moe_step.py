@@ -86,25 +86,38 @@ def measure(folder: Path, config: ModelConfig, before: int, after: int, options:
     held = initial_layout(units, names).without(names[after:])
     layout = plan_change(units, held, held.devices, experts="stay").after
     balancers = {name: ExpertBalancer(units, every_s=0.0) for name in WORKLOADS}
-    plain = {}
-    with Group(folder, units, layout, balancers[next(iter(WORKLOADS))].parts(layout)) as group:
-        for name, balancer in balancers.items():
-            group.teach(balancer, name)
-            plain[name] = group.steps(name, options.runs)
     rows = {}
-    for name, balancer in balancers.items():
-        row = {"imbalance_before": balancer.status(layout)["imbalance"]}
-        other, row["copies"] = settled(balancer, layout, options.slots * config.num_layers)
-        status = balancer.status(other)
-        row |= {"imbalance_after": status["imbalance"], "replicas": status["replicas"]}
-        balanced = plain[name]
-        if status["rebalanced"]:
-            with Group(folder, units, other, balancer.parts(other)) as group:
-                balanced = group.steps(name, options.runs)
-        row |= {"without_eplb_s": spread(plain[name]), "with_eplb_s": spread(balanced)}
-        row["gain"] = statistics.median(plain[name]) / statistics.median(balanced) - 1
-        rows[name] = row
+    with Group(folder, units, layout, balancers[next(iter(WORKLOADS))].parts(layout)) as plain:
+        for name, balancer in balancers.items():
+            plain.teach(balancer, name)
+            row = {"imbalance_before": balancer.status(layout)["imbalance"]}
+            other, row["copies"] = settled(balancer, layout, options.slots * config.num_layers)
+            status = balancer.status(other)
+            row |= {"imbalance_after": status["imbalance"], "replicas": status["replicas"], "gain": 0.0}
+            if status["rebalanced"]:
+                with Group(folder, units, other, balancer.parts(other)) as balanced:
+                    row |= compared(plain, balanced, name, options.runs)
+            else:
+                row["without_eplb_s"] = row["with_eplb_s"] = spread(seconds_of([plain], name, options.runs)[0])
+            rows[name] = row
     return {"before": before, "after": after, "workloads": rows}
+
+
+def compared(plain: Group, balanced: Group, workload: str, runs: int) -> dict[str, Any]:
+    """Both in turns, so that what else the machine does hits both; `gain` is the median over pairs of steps."""
+    without, with_ = seconds_of([plain, balanced], workload, runs)
+    gain = statistics.median(a / b - 1 for a, b in zip(without, with_, strict=True))
+    return {"without_eplb_s": spread(without), "with_eplb_s": spread(with_), "gain": gain}
+
+
+def seconds_of(groups: Sequence[Group], workload: str, runs: int) -> list[list[float]]:
+    """Seconds of as many steps of each group, after one that is not counted, each with other tokens."""
+    found: list[list[float]] = [[] for _ in groups]
+    for run in range(runs + 1):
+        batch = batch_of(groups[0].config, *WORKLOADS[workload], seed=f"{workload} {run}")
+        for group, seconds in zip(groups, found, strict=True):
+            seconds.append(group.step(batch))
+    return [seconds[1:] for seconds in found]
 
 
 def settled(balancer: ExpertBalancer, layout: Layout, more_slots: int) -> tuple[Layout, int]:
@@ -226,11 +239,6 @@ class Group:
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown()
         self.decoders.clear()  # weights, before the next group loads its own
-
-    def steps(self, workload: str, runs: int) -> list[float]:
-        """Seconds of as many steps, after one that is not counted, each with other tokens."""
-        batches = [batch_of(self.config, *WORKLOADS[workload], seed=f"{workload} {run}") for run in range(runs + 1)]
-        return [self.step(batch) for batch in batches][1:]
 
     def teach(self, balancer: ExpertBalancer, workload: str) -> None:
         """Shows the balancer the load of steps with tokens that are not those measured."""
