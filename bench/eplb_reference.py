@@ -61,28 +61,35 @@ def device_loads(loads: Floats, placement: list[list[int]]) -> Floats:
     return np.array([sum(loads[e] / count[e] for e in device) for device in placement])
 
 
-def best_time(loads: Floats, speeds: Floats, held: NDArray[np.bool_]) -> float:
+def best_time(loads: Floats, speeds: Floats, held: NDArray[np.bool_], per_replica: float = 0.0) -> float:
     """One layer: the earliest time at which the slowest device can be done when tokens are shared out best.
-    `held` [num_devices, num_experts]. By the max-flow min-cut theorem that is the largest, over sets of experts, of
-    their load over the speed of all devices that hold any of them."""
-    return max(
-        loads[list(experts)].sum() / speeds[held[:, experts].any(axis=1)].sum()
-        for size in range(1, len(loads) + 1)
-        for experts in itertools.combinations(range(len(loads)), size)
-    )
+    `held` [num_devices, num_experts]; each brings its device `per_replica` work beside its tokens. By the max-flow
+    min-cut theorem that is the largest, over sets of experts, of their load, and what the devices that hold any of them
+    do beside, over the speed of these devices; and no device is done before what it does beside."""
+    beside = per_replica * held.sum(axis=1)
+    found = [float((beside / speeds).max())]
+    for size in range(1, len(loads) + 1):
+        for experts in itertools.combinations(range(len(loads)), size):
+            holders = held[:, experts].any(axis=1)
+            found.append((loads[list(experts)].sum() + beside[holders].sum()) / speeds[holders].sum())
+    return max(found)
 
 
-def brute_force(loads: Floats, speeds: Floats, slots: tuple[int, ...]) -> float:
-    """One layer: the earliest time over all placements."""
+def brute_force(loads: Floats, speeds: Floats, slots: tuple[int, ...], per_replica: float = 0.0) -> float:
+    """One layer: the earliest time over all placements. (If replicas cost nothing, those that use all slots.)"""
     rows = [
-        [row for row in itertools.product((False, True), repeat=len(loads)) if sum(row) == min(limit, len(loads))]
+        [
+            row
+            for row in itertools.product((False, True), repeat=len(loads))
+            if sum(row) == min(limit, len(loads)) or (per_replica and sum(row) < limit)
+        ]
         for limit in slots
     ]
     best = float("inf")
     for choice in itertools.product(*rows):
         held = np.array(choice)
         if held.any(axis=0).all():
-            best = min(best, best_time(loads, speeds, held))
+            best = min(best, best_time(loads, speeds, held, per_replica))
     return best
 
 

@@ -4,7 +4,9 @@
 it speak (with EPLB: until no more experts move), loses a device, lets it speak until experts rest again, and then
 measures. With EPLB some experts of the lost device have replicas elsewhere: these are not loaded. The modelled step is
 the work of the slowest device of each layer, in choices of experts, over the mean; on cores that devices share the
-clock cannot tell. The last line on stdout is one JSON document.
+clock cannot tell (`bench.moe_step` can). So few tokens a step are seldom worth a replica; `--replica-cost 0` makes the
+balancer believe that they are, so that there are replicas for a loss to find. The last line on stdout is one JSON
+document.
 """
 
 from __future__ import annotations
@@ -39,6 +41,9 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3, help="of all streams, timed")
+    parser.add_argument(
+        "--replica-cost", type=float, help="as serve's --eplb-replica-cost; 0: replicas wherever they even"
+    )
     options = parser.parse_args()
     folder = resolve_folder(options.model)
     result: dict[str, Any] = {"benchmark": "moe", "options": vars(options), "conditions": conditions()}
@@ -59,6 +64,8 @@ def main() -> None:
 def run_once(system: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     runtime_dir = private_tmp("bench")
     arguments = [str(folder), "--device-memory", "2G", "--tp", str(options.tp), f"--{system}", "--eplb-interval", "2"]
+    if options.replica_cost is not None:
+        arguments += ["--eplb-replica-cost", str(options.replica_cost)]
     try:
         with served(runtime_dir, arguments, timeout_s=START_TIMEOUT_S, quiet=True) as (url, _):
             rest(url, folder.name, options)

@@ -293,6 +293,7 @@ class EngineConfig:
     eplb_interval_s: float = 10.0
     attention: Literal["torch", "flashinfer"] = "torch"
     cuda_graphs: bool = True  # on GPUs decode steps are captured and replayed
+    eplb_replica_choices: float | None = None  # see `eplb.Limits.choices_per_replica`; None: by the kind of device
     pipelined_load: bool = True  # a layer computes when its weights are there
     speeds: tuple[tuple[str, float], ...] = ()
     min_step_deadline_s: float = 2.0

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import pytest
+from prometheus_client import CollectorRegistry, generate_latest
 
+from anchortp.cli.status import expert_line
 from anchortp.engine.faults import Strike
-from anchortp.layout import EXPERT
+from anchortp.layout import EXPERT, KV, Layout
+from anchortp.recovery import Coordinator
+from anchortp.recovery.events import Form
+from anchortp.server.metrics import EngineCollector
 from tests.procs.engine_tools import nothing_left, prompt_of, running_engine, wait_balanced
 from tests.tiny_model import write_model
 
@@ -62,27 +67,55 @@ def test_a_restart_attaches_to_experts_that_are_cut_alike(folders):
             driver.submit(prompt_of(3), 20).check()
 
 
+def one_collector(engine):
+    registry = CollectorRegistry()
+    registry.register(EngineCollector(engine))
+    return registry
+
+
+def around_loss(recovery: Coordinator, lost: str) -> tuple[Layout, Layout]:
+    """What all devices held when `lost` was, and what the group held that was formed without it; from the log."""
+    again, before = Coordinator(recovery.units, recovery.config), None
+    for at_s, event in list(recovery.log):
+        held = again.layout
+        commands = again.handle(event, at_s)
+        if before is None and lost in again.episodes[-1].devices_lost:
+            before = held
+        formed = [command.layout for command in commands if isinstance(command, Form)]
+        if before is not None and formed:
+            return before, formed[-1]
+    raise AssertionError(f"{lost} was not lost, or no group was formed without it")
+
+
 def test_hot_experts_get_replicas_while_streams_speak_and_what_has_one_is_not_loaded_again(folders):
-    with running_engine(folders["mixtral"], 3, eplb_interval_s=0.2) as driver:
+    with running_engine(folders["mixtral"], 3, eplb_interval_s=0.2, eplb_replica_choices=0.0) as driver:
         status = wait_balanced(driver, 1)
         experts = status["experts"]
+        text = generate_latest(one_collector(driver.engine)).decode()
+        for line in ('experts{name="imbalance"}', 'expert_load{name="4"}', 'devices_expert_load{name="cpu:2"}'):
+            assert f"anchortp_{line} " in text
+        loads = [device["expert_load"] for device in status["devices"].values()]
+        assert sum(loads) == pytest.approx(sum(status["expert_load"].values())) and min(loads) > 0
+        assert f"imbalance (slowest device over mean): {experts['first_imbalance']:.3f} at first" in expert_line(status)
         assert experts["replicas"] > 0 and experts["imbalance"] < experts["first_imbalance"]
         assert any(change["outcome"] == "serving" and change["bytes"]["copied"] > 0 for change in status["changes"])
         streams = driver.speak(3, 150)
-        held = {shard.device: set(shard[EXPERT]) for shard in driver.engine.recovery.layout.shards}
-        lost = "cpu:1"
-        alone = held[lost] - held["cpu:0"] - held["cpu:2"]
-        unit_bytes = driver.engine.units.unit_bytes
         recovered = len(driver.episodes)
-        driver.inject(lost, "lost")
+        driver.inject("cpu:1", "lost")
         for stream in streams:
             stream.check()
         driver.wait_recovered(recovered + 1)
         (fault,) = driver.engine.status()["faults"]
-        others = {f: driver.engine.units.num_units[f] for f in ("attention", "vocab")}
-        assert len(alone) < len(held[lost]), "some experts of the lost device have a replica elsewhere"
-        rest = fault["bytes"]["lost"] - len(alone) * unit_bytes[EXPERT]
-        most = sum(unit_bytes[f] * (count // 3 + 1) for f, count in others.items()) + 2 * unit_bytes["kv"]
-        assert 0 <= rest <= most, "what is lost of the experts is what had no replica"
-        assert fault["bytes"]["loaded"] <= fault["bytes"]["lost"] + fault["bytes"]["replica"]
+        before, after = around_loss(driver.engine.recovery, "cpu:1")
+        rest, unit_bytes = before.without(["cpu:1"]), driver.engine.units.unit_bytes
+        lost = {f: set(before["cpu:1"][f]) - rest.held(f) for f in driver.engine.units.families}
+        assert len(lost[EXPERT]) < len(before["cpu:1"][EXPERT]), "some of its experts have a replica elsewhere"
+        lost_bytes = sum(unit_bytes[family] * len(units) for family, units in lost.items())
+        new_kv = sum(len(set(after[device][KV]) - set(before[device][KV])) for device in after.devices)
+        moved = fault["bytes"]
+        assert moved["lost"] == lost_bytes, "what is lost is what had no replica"
+        more = (new_kv - len(lost[KV])) * unit_bytes[KV]  # KV heads that both survivors need now
+        assert moved["loaded"] + moved["copied"] == lost_bytes + more, "and nothing else is loaded"
+        for device in after.devices:
+            assert set(before[device][EXPERT]) <= set(after[device][EXPERT]), "no expert was passed on"
         driver.submit(prompt_of(5), 40).check()

@@ -67,7 +67,7 @@ def test_a_storm_of_faults(folder, seed):
 
 @pytest.mark.parametrize("seed", [3, 4])
 def test_a_storm_of_faults_while_experts_are_rebalanced(experts, seed):
-    storm(experts, seed, eplb_interval_s=0.05)
+    storm(experts, seed, eplb_interval_s=0.05, eplb_replica_choices=0.0)
 
 
 def storm(folder: Path, seed: int, **options: Any) -> tuple[Driver, list[str]]:

@@ -109,6 +109,7 @@ def questions(draw):
     limit = Limits(
         slots=dict(zip(devices, slots.tolist(), strict=True)),
         seconds_per_choice=1e-6,
+        choices_per_replica=draw(st.sampled_from([0.0, 0.0, 0.3, 20.0])),
         seconds_per_byte=draw(st.sampled_from([0.0, 1e-9])),
         max_bytes=draw(st.sampled_from([None, UNIT, 5 * UNIT])),
         min_gain=draw(st.sampled_from([0.0, 0.05])),
@@ -130,6 +131,7 @@ def test_every_answer_is_valid_no_slower_within_limits_and_above_the_bound(quest
         assert answer.num_bytes <= limit.max_bytes
     speeds, other = limit.speeds_of(now.devices), limit.other_of(now.devices, now.num_layers)
     most = answer.placement.held.sum(axis=(1, 2))
+    other = other + limit.choices_per_replica * answer.placement.held.sum(axis=2)
     times = device_times(loads, answer.placement.shares, speeds, other).max(axis=1)
     assert (times >= lower_bound(loads, speeds, other, most) * (1 - 1e-9)).all()
     assert answer.step_s_after == pytest.approx(times.sum() * 1e-6)
@@ -171,6 +173,45 @@ def test_small_cases_are_near_the_best_of_all_placements(shape):
         gaps.append(answer.step_s_after / 1e-6 / best - 1)
         assert gaps[-1] > -1e-9
     assert np.mean(gaps) < 0.03 and np.median(gaps) < 0.004
+
+
+@pytest.mark.parametrize("per_replica", [0.1, 0.5, 3.0])
+@pytest.mark.parametrize("shape", [(4, 2, 3), (4, 3, 2), (5, 2, 3)])
+def test_small_cases_are_near_the_best_where_replicas_cost_something(shape, per_replica):
+    """Loads are 1 on average: a replica is worth a tenth of an expert's tokens, as much as that, or far more."""
+    num_experts, num_devices, slots = shape
+    rng = np.random.default_rng(8)
+    gaps = []
+    for i in range(12):
+        loads = small_loads(rng, num_experts, i % 4)
+        loads /= loads.mean()
+        now = spread_evenly(1, num_experts, num_devices)
+        answer = rebalance(loads[None], now, limits(now.devices, slots, choices_per_replica=per_replica), UNIT)
+        best = brute_force(loads, np.ones(num_devices), (slots,) * num_devices, per_replica)
+        gaps.append(answer.step_s_after / 1e-6 / best - 1)
+        assert gaps[-1] > -1e-9
+    assert np.mean(gaps) < 0.06
+
+
+def test_steps_of_few_tokens_get_no_replicas_and_steps_of_many_do():
+    """Eight experts on three devices, one of them hot: what helps a prefill would slow a decode of eight down."""
+    skew = np.array([5.0, 1, 1, 1, 1, 1, 1, 1])
+    now = spread_evenly(1, 8, 3)
+    few, many = (
+        rebalance(np.array([skew * scale]), now, limits(now.devices, 6, choices_per_replica=32.0), UNIT)
+        for scale in (1.0, 300.0)
+    )
+    assert few.placement.num_replicas.sum() == 8 and many.placement.num_replicas.sum() > 8
+    assert few.imbalance_after == pytest.approx(3 / (8 / 3), rel=0.1) and many.imbalance_after < 1.05
+
+
+def test_numbers_are_evened_out_where_tokens_are_few():
+    """As a recovery may leave them, which moves nothing that is held."""
+    held = np.zeros((1, 3, 9), dtype=bool)
+    held[0, 0, :6], held[0, 1, 6:8], held[0, 2, 8] = True, True, True
+    now = Placement(devices=names(3), held=held, shares=held.astype(float))
+    answer = rebalance(np.ones((1, 9)), now, limits(now.devices, 9, choices_per_replica=32.0), UNIT)
+    assert sorted(answer.placement.slots_used.tolist()) == [3, 3, 3] and len(answer.copies) == 3
 
 
 LOADS = {

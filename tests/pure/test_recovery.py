@@ -854,19 +854,77 @@ def test_experts_that_were_to_move_stay_when_a_fault_comes_while_room_is_made():
     assert world.coordinator.phase == SERVING
 
 
+def replicated(world: World, device: str, num: int) -> None:
+    """The balancer copies `num` experts that others hold to a device."""
+    layout = world.coordinator.layout
+    sources = {u: s.device for s in layout.shards for u in s[EXPERT] if u not in layout[device][EXPERT]}
+    copies = tuple(Copy(unit=unit, device=device, source=sources[unit]) for unit in sorted(sources)[:num])
+    stage = Stage(copies=copies, drops=(), placement=None)
+    change(world, plan=ExpertBalancer(MOE_UNITS, 1.0).plan(stage, layout, "hot"))
+    world.settle()
+    assert len(world.coordinator.layout[device][EXPERT]) == len(layout[device][EXPERT]) + num
+
+
+@pytest.mark.parametrize("policy", ["makespan", "units"])
+def test_experts_with_a_replica_are_not_loaded_again(policy):
+    world = serving(names=devices(4), units=MOE_UNITS, config=replace(CONFIG, policy=policy))
+    replicated(world, "cpu:0", 4)
+    before = world.coordinator.layout.without(["cpu:3"])
+    world.commands.clear()
+    world.lose("cpu:3")
+    world.settle()
+    loads = [m for c in of_kind(world.commands, ev.Load) for m in c.moves if m.family == EXPERT]
+    assert sum(m.num_units for m in loads) == MOE_UNITS.num_units[EXPERT] - len(before.held(EXPERT)) < 2
+    for shard in before.shards:
+        assert world.coordinator.layout[shard.device][EXPERT][: len(shard[EXPERT])] == shard[EXPERT]
+    assert not of_kind(world.commands, ev.Arrange), "nobody waits until experts are even"
+
+
+@pytest.mark.parametrize("num_losses", [1, 2])
+def test_replicas_make_room_before_the_kv_cache_shrinks(num_losses):
+    """So much memory that after the losses the weights and all the KV that is wanted just fit, without replicas."""
+    names, config = devices(4), replace(CONFIG, kv_blocks=512)
+    kv = KVAddresses(config=MOE_UNITS.config, block_size=16, num_blocks=512)
+    lean = serving(names=names, units=MOE_UNITS, config=config)
+    for name in names[3 : 3 - num_losses : -1]:
+        lean.lose(name)
+        lean.settle()
+    addresses = WeightAddresses(units=MOE_UNITS)
+    unit = MOE_UNITS.unit_bytes[EXPERT]
+    need = [addresses.committed_bytes(s) + kv.room_for(len(s["kv"]), 512) for s in lean.coordinator.layout.shards]
+    world = serving(names=names, units=MOE_UNITS, config=config, budget=max(need) + unit)
+    for name in names[:3]:
+        shard = world.coordinator.layout[name]
+        room = max(need) + unit - addresses.committed_bytes(shard) - kv.room_for(len(shard["kv"]), 512)
+        replicated(world, name, min(room // unit, MOE_UNITS.num_units[EXPERT] - len(shard[EXPERT])))
+    for name in names[3 : 3 - num_losses : -1]:
+        world.lose(name)
+        world.settle()
+        assert world.coordinator.phase == SERVING and world.coordinator.num_kv_blocks == 512
+        world.check_memory(world.coordinator.layout)
+    assert any(
+        "make room for weights and KV cache" in line.text for e in world.coordinator.episodes for line in e.lines
+    )
+
+
 @settings(deadline=None, max_examples=300)
 @given(st.integers(2, 6), st.integers(1, 8), st.booleans(), st.booleans(), st.randoms(use_true_random=False))
 def test_any_faults_and_changes_in_any_order_end_well(num_devices, num_events, moe, tight, rng: random.Random):
     units, budget = MOE_UNITS if moe else UNITS, PLENTY
     policy = rng.choice(["makespan", "makespan", "units", "cmm", "greedy"])
     config = replace(CONFIG, policy=policy, pipelined=rng.random() < 0.5, kv_mirror=rng.random() < 0.5)
-    if tight:  # after the first loss there is room for fewer blocks than are wanted
-        start = initial_layout(units, devices(num_devices))
-        kv = KVAddresses(config=units.config, block_size=16, num_blocks=64)
-        weights = max(WeightAddresses(units=units).committed_bytes(shard) for shard in start.shards)
-        budget = weights + rng.randint(40, 120) * max(1, 6 // num_devices) * kv.block_bytes + (1 << 18)
+    if tight:  # there is just enough for so few devices, with fewer blocks than are wanted or a few replicas of experts
+        few = initial_layout(units, devices(rng.randint(1, num_devices)))
+        weights, kv = WeightAddresses(units=units), KVAddresses(config=units.config, block_size=16, num_blocks=64)
+        most = rng.randint(CONFIG.min_kv_blocks, 64)
+        budget = max(weights.committed_bytes(s) + kv.room_for(len(s["kv"]), most) for s in few.shards)
+        budget += rng.randint(0, 3) * units.unit_bytes.get(EXPERT, 0)
     world = World(names=devices(num_devices), budget=budget, units=units, config=config)
     world.settle(rng)
+    for _ in range(rng.randint(0, 6) * moe):
+        if world.coordinator.is_calm:
+            change(world, plan=moved_experts(world, rng))
+            world.settle(rng)
     for _ in range(num_events):
         for _ in range(rng.randint(0, 15)):
             world.step(rng)

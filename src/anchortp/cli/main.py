@@ -114,6 +114,12 @@ def serve(
         AttentionBy.torch
     ),
     cuda_graphs: Annotated[bool, typer.Option(help="On GPUs: capture decode steps and replay them.")] = True,
+    eplb_replica_cost: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="What a replica costs a step beside its tokens, in tokens; else by the kind of device."
+        ),
+    ] = None,
     pipelined_load: Annotated[
         bool, typer.Option(help="Compute the first layers while the last are still loaded.")
     ] = True,
@@ -173,6 +179,7 @@ def serve(
         eplb_interval_s=eplb_interval,
         attention=attention.value,
         cuda_graphs=cuda_graphs,
+        eplb_replica_choices=eplb_replica_cost,
         pipelined_load=pipelined_load,
         packed_folder=str(cache_folder() / "packed") if packed_weights else "",
         speeds=serving.parse_speeds(speed or []),

@@ -16,6 +16,7 @@ from anchortp.errors import AnchorTPError, ConfigError
 from anchortp.state.client import AnchorClient
 
 TIMEOUT_S = 5.0
+MAX_EXPERTS = 16  # shown, the hottest
 
 
 def show(runtime_dir: Path | None, *, json_output: bool, api_key: str | None) -> None:
@@ -38,6 +39,9 @@ def show(runtime_dir: Path | None, *, json_output: bool, api_key: str | None) ->
         f"{engine['num_waiting']} waiting, {engine['num_spares']} spare(s)"
         + (f"\n{engine['reason']}" if engine["reason"] else "")
     )
+    if engine.get("expert_load"):
+        console.print(_expert_table(engine))
+        console.print(expert_line(engine))
     faults = [episode for episode in engine["episodes"] if episode["cause"] != "start"]
     if faults:
         console.print(_fault_table(faults))
@@ -97,6 +101,32 @@ def _anchor_table(anchors: dict[str, dict[str, Any]]) -> Table:
             *(f"{size / 1e6:.1f} MB" for size in sizes),
         )
     return table
+
+
+def _expert_table(engine: dict[str, Any]) -> Table:
+    """What each device computes and holds."""
+    table = Table(title="experts")
+    for column in ("device", "choices per step", "part", "expert units held"):
+        table.add_column(column, justify="left" if column == "device" else "right")
+    total = sum(engine["expert_load"].values()) or 1.0
+    for name, device in engine["devices"].items():
+        load = device.get("expert_load", 0.0)
+        table.add_row(name, f"{load:.1f}", f"{load / total:.1%}", str(device["expert_units"]))
+    return table
+
+
+def expert_line(engine: dict[str, Any]) -> str:
+    """Load per expert and how even the devices are, in words."""
+    experts, loads = engine["experts"], engine["expert_load"]
+    total = sum(loads.values()) or 1.0
+    hottest = sorted(loads.items(), key=lambda item: -item[1])[:MAX_EXPERTS]
+    first = experts["first_imbalance"]
+    return (
+        f"imbalance (slowest device over mean): {f'{first:.3f} at first, ' if first else ''}{experts['imbalance']:.3f} "
+        f"now; {experts['replicas']} replica(s), {experts['rebalanced']} change(s)\n"
+        f"experts by load, all layers: {', '.join(f'{name}: {load / total:.1%}' for name, load in hottest)}"
+        f"{' ...' if len(loads) > MAX_EXPERTS else ''}"
+    )
 
 
 def _fault_table(episodes: list[dict[str, Any]]) -> Table:

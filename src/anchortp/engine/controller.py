@@ -16,7 +16,7 @@ import threading
 import time
 from bisect import bisect_right
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -868,6 +868,8 @@ class ElasticEngine:
             state = names.get(recovery.phase, "starting" if before_first else "recovering")
         episodes = [self._episode(i) for i in range(len(recovery.episodes))[-MAX_EPISODES_SHOWN:]]
         faults = [episode for episode in episodes if episode["cause"] != "start" and not episode["change_id"]]
+        calm = self._balancer is not None and recovery.phase == SERVING
+        experts = self._balancer.status(recovery.layout) if calm else {}
         self._status = {
             "state": state,
             "epoch": recovery.epoch,
@@ -890,17 +892,20 @@ class ElasticEngine:
                 **(self._keeper.counts() if self._keeper is not None else {}),
             },
             "counters": dict(self._counters),
-            "devices": self._devices(),
+            "devices": self._devices(experts.pop("device_load", {})),
             "links": {f"{a}>{b}": {"bytes_per_s": rate} for (a, b), rate in recovery.rates.measured.items()},
-            "experts": self._balancer.status(recovery.layout) if self._balancer and recovery.phase == SERVING else {},
+            "expert_load": experts.pop("expert_load", {}),
+            "experts": experts,
             "episodes": episodes,
             "faults": faults,
             "changes": [episode for episode in episodes if episode["change_id"]],
         }
 
-    def _devices(self) -> dict[str, dict[str, Any]]:
+    def _devices(self, expert_load: Mapping[str, float]) -> dict[str, dict[str, Any]]:
         devices = self.recovery.snapshot()
         for name, device in devices.items():
+            if name in expert_load:
+                device["expert_load"] = expert_load[name]
             process = self._workers.get(name)
             device["worker_pid"] = process.pid if process is not None else 0
             loaded, total = self._load_progress.get(name, (0, 0))
@@ -936,7 +941,7 @@ def _expert_balancer(config: EngineConfig, units: ModelUnits) -> ExpertBalancer 
         return None
     from anchortp.engine.balancer import ExpertBalancer  # it imports numpy, which nothing else here needs
 
-    return ExpertBalancer(units, config.eplb_interval_s)
+    return ExpertBalancer(units, config.eplb_interval_s, config.eplb_replica_choices)
 
 
 def _recovery_config(config: EngineConfig) -> RecoveryConfig:

@@ -30,7 +30,8 @@ MAX_STEPS = 64  # or two for every device, if that is more: so long is the searc
 class Balancer:
     """The state of one search. L layers, D devices, E experts; work in choices per step, times at speed 1.
 
-    `loads` [L, E], `speeds` [D], `other` [L, D]: work that devices do beside; `slots` [D]: expert units a device may
+    `loads` [L, E], `speeds` [D], `other` [L, D]: work that devices do beside; `per_replica`: work that
+    an expert brings each of its holders beside its tokens; `slots` [D]: expert units a device may
     hold, all layers together; `held`, `work` [L, D, E]: changed in place. `home` [L, E] and `node` [D]: an expert is
     to be on devices of its node only. `max_copies` [L]: the most copies in a layer.
     """
@@ -38,6 +39,7 @@ class Balancer:
     loads: Floats
     speeds: Floats
     other: Floats
+    per_replica: float
     slots: Ints
     held: Bools
     work: Floats
@@ -63,11 +65,13 @@ class Balancer:
         self.even = np.empty(self.other.shape)
         for node in np.unique(self.node):
             inside = self.node == node
-            total = np.where(self.home == node, self.loads, 0.0).sum(axis=1)
+            total = np.where(self.home == node, self.loads + self.per_replica, 0.0).sum(axis=1)
             self.even[:, inside] = even_time(total, self.speeds[inside], self.other[:, inside])[:, None]
         self._count()
         most_slots = np.maximum(self.used.sum(axis=1) + self.free.sum(), self.loads.shape[1])
         self.bound = lower_bound(self.loads, self.speeds, self.other, most_slots)
+        if self.per_replica:
+            self.bound = np.maximum(self.bound, self.even.max(axis=1))
         self.history, self._log = [], []
         self._start = self.held.copy(), self.work.copy()
         self.fit()
@@ -115,8 +119,8 @@ class Balancer:
         self.history.append((self.slowest, self.num_copies.copy()))
 
     def _count(self) -> None:
-        self.carried = self.work.sum(axis=2) + self.other
         self.used = self.held.sum(axis=2)
+        self.carried = self.work.sum(axis=2) + self.other + self.per_replica * self.used
         self.replicas = self.held.sum(axis=1)
         self.free = self.slots - self.used.sum(axis=0)
 
@@ -236,7 +240,7 @@ class Balancer:
 
     def _copy(self, p: _Pairs) -> Bools:
         """An expert, or a part of its work, into a free slot."""
-        expert, amount, whole = self._choose(p, np.minimum(p.excess, p.deficit))
+        expert, amount, whole = self._choose(p, p.excess, p.deficit)
         done = (amount > 0) & (whole | self._may_grow(p))
         done[done] = granted(p.target[done], p.excess[done], self.free)
         self._take(p.where(done), expert[done], amount[done], whole[done])
@@ -249,7 +253,7 @@ class Balancer:
         others = self.held[p.lines, :, out].copy()
         others[p.at, p.target] = False
         taker, later = _least(others, (self.carried[p.lines] + lost[:, None]) / self.speeds)
-        expert, amount, whole = self._choose(p, np.minimum(p.excess, p.deficit + lost))
+        expert, amount, whole = self._choose(p, p.excess, p.deficit + lost + self.per_replica)
         done = (amount > lost) & (later < self._slowest_of(p) * (1 - NEAR))
         q, out = p.where(done), out[done]
         self._carry(q.lines, q.target, taker[done], out, lost[done])
@@ -268,8 +272,9 @@ class Balancer:
     def _replace(self, p: _Pairs, back: bool) -> Bools:
         out, moved = _least(self.held[p.lines, p.target], self.work[p.lines, p.target])
         moved = np.where(np.isfinite(moved), moved, 0.0)
-        expert, amount, whole = self._choose(p, np.minimum(p.excess + (moved if back else 0.0), p.deficit + moved))
-        later = self.carried[p.lines] + moved[:, None]
+        all_of_it = moved + self.per_replica
+        expert, amount, whole = self._choose(p, p.excess + (all_of_it if back else 0.0), p.deficit + all_of_it)
+        later = self.carried[p.lines] + all_of_it[:, None]
         later[p.at, p.top] -= amount
         is_top = np.arange(len(self.speeds)) == p.top[:, None]
         open_ = (self.free > 0) & (self.node == self.node[p.top][:, None]) & ~self.held[p.lines, :, out]
@@ -303,16 +308,18 @@ class Balancer:
 
     # --------------------------------------------------------------------------------------------------- parts
 
-    def _choose(self, p: _Pairs, wanted: Floats) -> tuple[Ints, Floats, Bools]:
+    def _choose(self, p: _Pairs, excess: Floats, deficit: Floats) -> tuple[Ints, Floats, Bools]:
         """Which expert the target gets, how much of its work, and whether that is all: one that fits, else the hottest
-        or a part of it."""
+        or a part of it. The amount is not positive if there is nothing to gain."""
         work = np.where(self.held[p.lines, p.target], 0.0, self.work[p.lines, p.top])
-        nearest = np.abs(work - wanted[:, None]).argmin(axis=1)
-        fits = np.abs(work[p.at, nearest] - wanted) <= FITS * wanted
+        wanted = np.minimum(excess, deficit)
+        brings = np.where(work > 0, work + self.per_replica, 0.0)
+        nearest = np.abs(brings - wanted[:, None]).argmin(axis=1)
+        fits = np.abs(brings[p.at, nearest] - wanted) <= FITS * wanted
         expert = np.where(fits, nearest, work.argmax(axis=1))
-        available = work[p.at, expert]
-        whole = fits | (available <= wanted)
-        return expert, np.where(whole, available, wanted), whole
+        available, part = work[p.at, expert], np.minimum(excess, deficit - self.per_replica)
+        whole = fits | (available <= part)
+        return expert, np.where(whole, available, part), whole
 
     def _slowest_of(self, p: _Pairs) -> Floats:
         return self.carried[p.lines, p.top] / self.speeds[p.top]
@@ -349,6 +356,7 @@ class Balancer:
     def _set_holder(self, lines: Ints, device: Ints, expert: Ints, change: int) -> None:
         self.held[lines, device, expert] = change > 0
         np.add.at(self.used, (lines, device), change)
+        np.add.at(self.carried, (lines, device), change * self.per_replica)
         np.add.at(self.replicas, (lines, expert), change)
         np.subtract.at(self.free, device, change)
         self._note(lines, device, expert, change, np.zeros(len(lines)))

@@ -129,7 +129,7 @@ class _Question:
 
     @property
     def slowest(self) -> Floats:
-        return device_times(self.loads, self.now.shares, self.speeds, self.other).max(axis=1)
+        return self.times(self.now).max(axis=1)
 
     @property
     def slots(self) -> Ints:
@@ -148,6 +148,7 @@ class _Question:
             loads=self.loads,
             speeds=self.speeds,
             other=self.other,
+            per_replica=self.limits.choices_per_replica,
             slots=self.slots,
             held=held,
             work=self.now.shares * self.loads[:, None, :],
@@ -158,7 +159,7 @@ class _Question:
 
     def fitted(self, held: Bools, work: Floats) -> Placement:
         """With the best shares. `work` is changed."""
-        carried = work.sum(axis=2) + self.other
+        carried = work.sum(axis=2) + self.beside(held)
 
         def carry(lines: Ints, source: Ints, target: Ints, expert: Ints, amount: Floats) -> None:
             work[lines, source, expert] -= amount
@@ -179,13 +180,20 @@ class _Question:
         excess = (self.slowest / self.mean_times(self.now) - 1) * mean
         return (excess > np.sqrt(mean) * (math.sqrt(2 * math.log(num_devices)) + 1)).astype(np.int64)
 
+    def beside(self, held: Bools) -> Floats:
+        """Work of each device that does not depend on shares, `[num_layers, num_devices]`."""
+        return self.other + self.limits.choices_per_replica * held.sum(axis=2)
+
+    def times(self, placement: Placement) -> Floats:
+        return device_times(self.loads, placement.shares, self.speeds, self.beside(placement.held))
+
     def mean_times(self, placement: Placement) -> Floats:
-        times = device_times(self.loads, placement.shares, self.speeds, self.other)
+        times = self.times(placement)
         return (times @ self.speeds / self.speeds.sum()).clip(min=1e-300)
 
     def outcome(self, placement: Placement) -> tuple[float, float]:
         """Imbalance and seconds per step."""
-        slowest = device_times(self.loads, placement.shares, self.speeds, self.other).max(axis=1).sum()
+        slowest = self.times(placement).max(axis=1).sum()
         imbalance = slowest / self.mean_times(placement).sum() if slowest > 0 else 1.0
         return float(imbalance), float(slowest * self.limits.seconds_per_choice)
 

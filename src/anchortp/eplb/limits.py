@@ -19,6 +19,9 @@ class Limits:
     unit). Copies arrive before anything is dropped to make room, so a device whose slots are all taken by experts that
     nobody else holds can take part in nothing: leave one free.
     `seconds_per_choice`: what one choice (a token and an expert chosen for it) costs a device of speed 1.
+    `choices_per_replica`: what an expert costs a device that holds it in every step, however few tokens it computes,
+    in choices: its weights are read once. Where steps have few tokens this is most of it, and a further replica makes
+    all slower.
     `seconds_per_byte`: how much longer the service takes, in all, for a byte copied in the background.
     `horizon_steps`: for how many steps the loads are trusted to stay as they are: what is copied must pay by then.
     `max_bytes`: copied by one decision; None: no limit.
@@ -31,6 +34,7 @@ class Limits:
 
     slots: Mapping[str, int]
     seconds_per_choice: float
+    choices_per_replica: float = 0.0
     seconds_per_byte: float = 0.0
     horizon_steps: float = 10_000.0
     max_bytes: int | None = None
@@ -46,7 +50,7 @@ class Limits:
                 raise ConfigError(f"slots of {device} is {count}; it must be 0 or more.")
         if not self.seconds_per_choice > 0:
             raise ConfigError(f"seconds_per_choice is {self.seconds_per_choice}; it must be greater than 0.")
-        for name in ("seconds_per_byte", "horizon_steps", "min_gain"):
+        for name in ("choices_per_replica", "seconds_per_byte", "horizon_steps", "min_gain"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"{name} is {getattr(self, name)}; it must be 0 or more.")
         for device, speed in (self.speeds or {}).items():

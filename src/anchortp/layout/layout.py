@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -213,3 +215,43 @@ def width_bounds(
     low = {d: min(best[d], int(unit * speed[d] + 1e-6)) for d in devices}
     high = {d: max(best[d], int(slowest * speed[d] + 1e-6)) for d in devices}
     return low, high
+
+
+def filled_bounds(
+    held: Mapping[str, int], num_new: int, speeds: Mapping[str, float] | None = None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The fewest and the most units each device may have when `num_new` units go to whoever has fewest for its speed
+    and nobody gives anything up: as water fills a vessel, to within one unit."""
+    speed = {device: (speeds or {}).get(device, 1.0) for device in held}
+    level, below, room = 0.0, 0.0, float(num_new)
+    for device in sorted(held, key=lambda d: held[d] / speed[d]):
+        if below and held[device] * below >= room * speed[device]:
+            break
+        below, room = below + speed[device], room + held[device]
+        level = room / below
+    low = {d: max(count, math.floor(level * speed[d] + 1e-6)) for d, count in held.items()}
+    high = {d: max(count, math.ceil(level * speed[d] - 1e-6)) for d, count in held.items()}
+    return low, high
+
+
+def single_replicas(layout: Layout, units: UnitCatalog, speeds: Mapping[str, float] | None = None) -> Layout:
+    """Of each expert only one replica: the one on the device that has fewest of its layer for its speed, or else fewest
+    in all. What stays is in the same order."""
+    per_layer = units.num_units[EXPERT] // units.num_groups(EXPERT)
+    speed = {device: (speeds or {}).get(device, 1.0) for device in layout.devices}
+    holders: dict[int, list[str]] = {}
+    for shard in layout.shards:
+        for unit in shard[EXPERT]:
+            holders.setdefault(unit, []).append(shard.device)
+    total: dict[str, set[int]] = {device: set() for device in layout.devices}
+    count = Counter[tuple[str, int]]()
+    for unit, of in sorted(holders.items(), key=lambda item: (len(item[1]), item[0])):  # no choice first
+        layer = unit // per_layer
+        keeper = min(of, key=lambda d: (count[d, layer] / speed[d], len(total[d]) / speed[d]))
+        count[keeper, layer] += 1
+        total[keeper].add(unit)
+    for shard in layout.shards:
+        if len(total[shard.device]) < len(shard[EXPERT]):
+            kept = (unit for unit in shard[EXPERT] if unit in total[shard.device])
+            layout = layout.with_shard(shard.replaced(EXPERT, kept))
+    return layout

@@ -8,7 +8,7 @@ from anchortp.plan.cost import Busy, Critical, Flow, Timeline, predict
 from anchortp.plan.explain import explain
 from anchortp.plan.plan import PLANE, REPLICATED, Drop, FromHost, FromPeer, Move, Plan, moves_between
 from anchortp.plan.policies import POLICIES, Policy, makespan
-from anchortp.plan.problem import Problem
+from anchortp.plan.problem import Experts, Problem
 from anchortp.plan.rates import Rates
 from anchortp.plan.shapes import PAPER_MODELS, SHAPES, Shape, shape, shape_from_config
 from anchortp.plan.topology import (
@@ -33,6 +33,7 @@ __all__ = [
     "Busy",
     "Critical",
     "Drop",
+    "Experts",
     "Flow",
     "FromHost",
     "FromPeer",

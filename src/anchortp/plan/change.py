@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from anchortp.errors import DoesNotFit
+from anchortp.errors import CapacityError, DoesNotFit
 from anchortp.layout import Layout, ModelUnits, UnitCatalog, empty_shard, initial_layout
 from anchortp.plan.bound import lower_bound
 from anchortp.plan.cost import predict
 from anchortp.plan.plan import Plan, moves_between
 from anchortp.plan.policies import Policy, makespan
 from anchortp.plan.policies import units as sets_of_units
-from anchortp.plan.problem import Problem
+from anchortp.plan.problem import Experts, Problem
 from anchortp.plan.rates import CHECKPOINT_BYTES_PER_S
 from anchortp.plan.topology import Topology, local
+
+_GIVEN_UP = {
+    "single": "replicas of experts are given up, for lack of memory",
+    "even": "experts that somebody holds are loaded elsewhere, for lack of memory",
+}
 
 
 def fill_plan(units: ModelUnits, devices: tuple[str, ...], speeds: Mapping[str, float] | None = None) -> Plan:
@@ -40,6 +45,7 @@ def plan_change(
     min_gain: float = 0.0,
     speeds: Mapping[str, float] | None = None,
     memory_bytes: Mapping[str, int] | None = None,
+    experts: Experts = "even",
 ) -> Plan:
     """The plan by which `devices`, in rank order, take over: after a loss, for a join or a leave, for other speeds, for
     the first load.
@@ -52,6 +58,10 @@ def plan_change(
 
     `min_gain`: part of the time that `policy` must be able to win over `units`, by which devices that stay pass
     nothing on; else that is the plan. For a recovery, which can go on before the last byte has arrived if so.
+
+    `experts`: see `Problem`. For a recovery "stay": then what has a replica is not loaded again, and balance is left to
+    whoever balances experts by their load. If that does not fit into memory, "single" does, or at last "even"; the
+    reasons say so.
 
     For whoever carries it out, device by device: every move brings whole units from one place, a store or a device
     that held them before (`FromPeer`), so that all moves of a stage can run in any order; nothing is relayed and
@@ -71,7 +81,23 @@ def plan_change(
         memory_bytes=memory_bytes,
         relays=False,
         parts=False,
+        experts=experts,
     )
+    return _fitting(problem, policy, min_gain)
+
+
+def _fitting(problem: Problem, policy: Policy, min_gain: float) -> Plan:
+    try:
+        return _worth(problem, policy, min_gain)
+    except CapacityError as error:
+        if problem.experts == "even":
+            raise
+        other: Experts = "single" if problem.experts == "stay" else "even"
+        plan = _fitting(replace(problem, experts=other), policy, min_gain)
+        return replace(plan, reasons=(*plan.reasons, f"{_GIVEN_UP[other]}: {error}"))
+
+
+def _worth(problem: Problem, policy: Policy, min_gain: float) -> Plan:
     if min_gain <= 0.0:
         return policy(problem)
     still = sets_of_units(problem)

@@ -2,7 +2,7 @@
 
 For the policies that own *sets* of units. Per family (experts: per layer):
 1. Units that no living device holds are missing. A device above the most that balance allows gives units up
-   (`retain.py`); one that leaves gives up all.
+   (`retain.py`), unless experts are to stay (`Problem.experts`); one that leaves gives up all.
 2. Every device receives the least that balance demands. What then remains, at most a unit or so per device, goes
    one unit at a time, large units first, to the device that would have received everything soonest with it.
 q heads come first, because where they go decides which KV heads must be copied (`heads.py`).
@@ -10,16 +10,18 @@ q heads come first, because where they go decides which KV heads must be copied 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from anchortp.layout import ATTENTION, EXPERT, KV
+from anchortp.layout import ATTENTION, EXPERT, KV, filled_bounds
 from anchortp.plan.heads import kv_after, place_heads
 from anchortp.plan.loads import Load
 from anchortp.plan.problem import Problem
 from anchortp.plan.retain import Pool, by_group, copies_of, drop_copies, num_sole, retain
 
 Widths = Mapping[tuple[str, int], Mapping[str, int]]  # (family, index of the group) -> device -> units
+Given = set[tuple[str, int]]  # units that devices give up
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,11 +99,12 @@ def _shares(problem: Problem, family: str, widths: Widths) -> tuple[dict[str, tu
             if orphans:
                 pool.released[device] = orphans
                 pooled.update(orphans)
-        gone |= drop_copies(problem, held, pool, copies)
+        if problem.stays(family):
+            low, high, dropped = _staying(problem, held, pool, at)
+        else:
+            low, high, dropped = _balanced(problem, held, pool, copies)
+        gone |= dropped
         size = sum(map(len, held.values())) + len(pool)
-        low, high = problem.bounds(size)
-        if copies is not None:  # copies are not passed on
-            low = {d: max(low[d], min(high[d], len(held[d]) - num_sole(held[d], copies))) for d in problem.devices}
         wanted = widths.get((family, at))
         count = {device: len(units) for device, units in held.items()}
         gone |= retain(problem, held, pool, copies, *((wanted, wanted) if wanted else (low, high)))
@@ -123,6 +126,30 @@ def _shares(problem: Problem, family: str, widths: Widths) -> tuple[dict[str, tu
     for device in {device for device, _ in gone}:
         kept[device] = tuple(unit for unit in kept[device] if (device, unit) not in gone)
     return kept, shares
+
+
+def _balanced(
+    problem: Problem, held: dict[str, list[int]], pool: Pool, copies: Counter[int] | None
+) -> tuple[Mapping[str, int], Mapping[str, int], Given]:
+    """The fewest and the most units per device, and the copies that are given up for that, which `held` loses."""
+    dropped = drop_copies(problem, held, pool, copies)
+    low, high = problem.bounds(sum(map(len, held.values())) + len(pool))
+    if copies is not None:  # copies are not passed on
+        low = {d: max(low[d], min(high[d], len(held[d]) - num_sole(held[d], copies))) for d in problem.devices}
+    return low, high, dropped
+
+
+def _staying(
+    problem: Problem, held: dict[str, list[int]], pool: Pool, at: int
+) -> tuple[Mapping[str, int], Mapping[str, int], Given]:
+    """As `_balanced`, where what the group holds stays."""
+    dropped = set()
+    for device, units in held.items():
+        stay = set(problem.staying[at][device])
+        dropped |= {(device, unit) for unit in units if unit not in stay}
+        units[:] = (unit for unit in units if unit in stay)
+    low, high = filled_bounds({device: len(units) for device, units in held.items()}, len(pool), problem.speeds)
+    return low, high, dropped
 
 
 # ------------------------------------------------------------------------------------------------- variants

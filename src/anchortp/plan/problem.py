@@ -14,16 +14,30 @@ Every change is the same question with other numbers:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from anchortp.errors import ConfigError, DoesNotFit
-from anchortp.layout import ATTENTION, EVERY_FAMILY, KV, Layout, UnitCatalog, check_devices, width_bounds, widths
+from anchortp.layout import (
+    ATTENTION,
+    EVERY_FAMILY,
+    EXPERT,
+    KV,
+    Layout,
+    UnitCatalog,
+    check_devices,
+    filled_bounds,
+    single_replicas,
+    width_bounds,
+    widths,
+)
 from anchortp.plan.plan import PLANE, REPLICATED
 from anchortp.plan.topology import Topology
 
 Bounds = tuple[dict[str, int], dict[str, int]]  # fewest and most units per device
+Experts = Literal["even", "stay", "single"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +68,7 @@ class Problem:
     weights_at: tuple[str, ...] | None = None
     relays: bool = True
     parts: bool = True
+    experts: Experts = "even"
 
     def __post_init__(self) -> None:
         if not self.devices:
@@ -179,6 +194,24 @@ class Problem:
         """Weights that no living device holds: what any plan must load at least."""
         return sum(len(units) * self.size(family) for family, units in self.missing.items())
 
+    def stays(self, family: str) -> bool:
+        """Whether nobody gives up a unit of the family (but replicas) for the sake of balance."""
+        return family == EXPERT and self.experts != "even"
+
+    @cached_property
+    def staying(self) -> list[dict[str, list[int]]]:
+        """Per layer: the experts that each device of the group keeps, if they stay."""
+        group = Layout(shards=tuple(shard for shard in self.before.shards if shard.device in self.devices))
+        if self.experts == "single":
+            group = single_replicas(group, self.units, self.speeds)
+        num_layers = self.units.num_groups(EXPERT)
+        per_layer = self.units.num_units[EXPERT] // num_layers
+        layers: list[dict[str, list[int]]] = [{device: [] for device in self.devices} for _ in range(num_layers)]
+        for shard in group.shards:
+            for unit in sorted(shard[EXPERT]):
+                layers[unit // per_layer][shard.device].append(unit)
+        return layers
+
     # ------------------------------------------------------------------------------------------- limits
 
     def bounds(self, num_units: int) -> Bounds:
@@ -212,12 +245,7 @@ class Problem:
         if sizes is None:
             groups = self.units.num_groups(family)
             sizes = [self.units.num_units[family] // groups] * groups
-        least, most = dict.fromkeys(self.devices, 0), dict.fromkeys(self.devices, 0)
-        for size, count in Counter(sizes).items():
-            low, high = self.bounds(size)
-            for device in self.devices:
-                least[device] += low[device] * count
-                most[device] += high[device] * count
+        least, most = self._bounds_of_staying if self.stays(family) else self._bounds_of_groups(sizes)
         if len(sizes) == 1:
             return least, most
         total = sum(sizes)
@@ -232,6 +260,20 @@ class Problem:
             {d: max(least[d], low[d] - excess) for d in self.devices},
             {d: min(most[d], high[d] + max(beyond[d], wanting)) for d in self.devices},
         )
+
+    def _bounds_of_groups(self, sizes: Sequence[int]) -> Bounds:
+        """As they are when each group for itself is balanced."""
+        return _sums(self.devices, ((*self.bounds(size), count) for size, count in Counter(sizes).items()))
+
+    @cached_property
+    def _bounds_of_staying(self) -> Bounds:
+        per_layer = self.units.num_units[EXPERT] // self.units.num_groups(EXPERT)
+        layers = []
+        for keeps in self.staying:
+            held = {device: len(units) for device, units in keeps.items()}
+            num_new = per_layer - len({unit for units in keeps.values() for unit in units})
+            layers.append((*filled_bounds(held, num_new, self.speeds), 1))
+        return _sums(self.devices, layers)
 
     def budget(self, device: str) -> int | None:
         """Bytes of weights and planes that the device may hold at any time."""
@@ -264,3 +306,13 @@ class Problem:
     @property
     def num_heads(self) -> int:
         return self.units.num_units[ATTENTION]
+
+
+def _sums(devices: Sequence[str], parts: Iterable[tuple[Mapping[str, int], Mapping[str, int], int]]) -> Bounds:
+    """Of `(low, high)`, each that many times."""
+    least, most = dict.fromkeys(devices, 0), dict.fromkeys(devices, 0)
+    for low, high, count in parts:
+        for device in devices:
+            least[device] += low[device] * count
+            most[device] += high[device] * count
+    return least, most

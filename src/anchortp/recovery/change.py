@@ -81,7 +81,7 @@ def stage(plan: Plan, held: Layout) -> Staging:
                     shard = shard.appended(move.family, range(move.unit, move.unit + move.num_units))
         loads[after.device] = tuple(moves)
         staged = staged.with_shard(shard)
-    target = Layout(shards=tuple(_closed_up(staged[after.device], after) for after in plan.after.shards))
+    target = Layout(shards=tuple(closed_up(staged[after.device], after) for after in plan.after.shards))
     return Staging(loads=loads, staged=staged, target=target, keeps_room=plan.policy == "eplb")
 
 
@@ -125,8 +125,9 @@ def _from_real_slots(move: Move, held: Layout) -> Iterator[Move]:
             begin = end
 
 
-def _closed_up(staged: Shard, wanted: Shard) -> Shard:
-    """The units of `wanted` in slots: where they are, and those in the last slots in place of what goes."""
+def closed_up(staged: Shard, wanted: Shard) -> Shard:
+    """The units of `wanted`, all of which are staged: in the slots where they are, and those in the last slots in place
+    of what goes."""
     for family in EVERY_FAMILY:
         keep, units = set(wanted[family]), list(staged[family])
         assert keep <= set(units), f"{staged.device}: {family} units that never arrived"

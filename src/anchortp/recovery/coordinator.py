@@ -30,8 +30,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from anchortp.errors import ConfigError, DoesNotFit
-from anchortp.layout import ATTENTION, KV, Layout, ModelUnits, Shard, check_devices, empty_shard
-from anchortp.plan import POLICIES, Move, Plan, Rates, Topology, fill_plan, plan_change
+from anchortp.layout import (
+    ATTENTION,
+    EXPERT,
+    KV,
+    Layout,
+    ModelUnits,
+    Shard,
+    check_devices,
+    empty_shard,
+    single_replicas,
+)
+from anchortp.plan import POLICIES, Experts, Move, Plan, Rates, Topology, fill_plan, plan_change
 from anchortp.recovery import change as ch
 from anchortp.recovery.change import PlannedChange
 from anchortp.recovery.devices import Device, fitting_kv_blocks
@@ -80,7 +90,7 @@ from anchortp.recovery.events import (
 from anchortp.recovery.story import Episode, Line
 
 IDLE, LEAVING, CENSUS, ADOPTING, ATTACHING = "idle", "leaving", "census", "adopting", "attaching"
-COMPACTING, RESERVING, LOADING, RESTORING = "compacting", "reserving", "loading", "restoring"
+THINNING, COMPACTING, RESERVING, LOADING, RESTORING = "thinning", "compacting", "reserving", "loading", "restoring"
 ARRANGING, FORMING, SERVING, REFUSING = "arranging", "forming", "serving", "refusing"
 ENGINE_POLICIES = ("makespan", "units", "cmm", "greedy")  # `reload` is what a restart does
 # Part of the time that passing units on between survivors must win: the group waits for the last byte then, while
@@ -435,8 +445,8 @@ class Coordinator:
             return
         device.shard, device.arranging = device.arranging, None
         device.planes &= frozenset(device.shard[KV])
-        if self.phase == ARRANGING and event.epoch == self.epoch:
-            self._arrived(event.device, self._form)
+        if self.phase in (THINNING, ARRANGING) and event.epoch == self.epoch:
+            self._arrived(event.device, self._plan if self.phase == THINNING else self._form)
 
     def _on_formed(self, event: Formed) -> None:
         if self.phase == FORMING and event.epoch == self.epoch:
@@ -527,7 +537,10 @@ class Coordinator:
         try:
             plan, self._staging, blocks = self._make_plan()
         except DoesNotFit as error:
-            self._refuse(str(error))
+            if not self._replicas_make_room(0):
+                self._refuse(str(error))
+            return
+        if blocks < self.num_kv_blocks and self._replicas_make_room(blocks):
             return
         self._count_missing(plan)
         self._find_kv_sources()
@@ -542,6 +555,34 @@ class Coordinator:
             self._do(Compact(epoch=self.epoch, num_kv_blocks=blocks, devices=holders))
         else:
             self._reserve()
+
+    def _replicas_make_room(self, num_kv_blocks: int) -> bool:
+        """If more than so many blocks fit once each expert has but one replica: gives the others up, to plan again."""
+        if EXPERT not in self.units.families or not self._devices:
+            return False
+        before = self.layout
+        single = single_replicas(before, self.units, self.speeds)
+        if single == before:
+            return False
+        try:
+            _, _, fitting = self._plan_for(self.members, self.speeds, hurry=True, present=single)
+        except DoesNotFit:
+            return False
+        if fitting <= num_kv_blocks:
+            return False
+        num_replicas = sum(len(before[d][EXPERT]) - len(single[d][EXPERT]) for d in self.members)
+        self._say(f"{num_replicas} replica(s) of experts make room for weights and KV cache")
+        after = {shard.device: ch.closed_up(before[shard.device], shard) for shard in single.shards}
+        moving = [name for name in self.members if ch.arrangement(before[name], after[name])]
+        for name, device in self._devices.items():
+            if name in moving:
+                device.arranging = after[name]
+            else:
+                device.shard = after[name]
+        self._await(THINNING, moving, self.config.load_timeout_s, self._plan)
+        for name in moving:
+            self._do(Arrange(device=name, epoch=self.epoch, before=before[name], after=after[name]))
+        return True
 
     def _count_missing(self, plan: Plan) -> None:
         missing = self._missing_units()
@@ -687,18 +728,30 @@ class Coordinator:
         return self._plan_for(self.members, self.speeds, hurry=True)
 
     def _plan_for(
-        self, devices: tuple[str, ...], speeds: Mapping[str, float], *, hurry: bool
+        self,
+        devices: tuple[str, ...],
+        speeds: Mapping[str, float],
+        *,
+        hurry: bool,
+        present: Layout | None = None,
     ) -> tuple[Plan, ch.Staging, int]:
-        """To the group of `devices`, from what is held now. `hurry`: requests wait for it. Where memory is short,
-        `units` plans instead if that leaves more for KV: nobody receives what somebody else still holds.
+        """To the group of `devices`, from what is held now (or from `present`). `hurry`: requests wait for it, and
+        balance among experts is left to those who balance them by their load, unless a device has none yet. Where
+        memory is short, `units` plans instead if that leaves more for KV: nobody receives what somebody else still
+        holds; or experts are balanced after all, if that does.
 
         Raises DoesNotFit, ConfigError.
         """
-        held = ch.distinct(Layout(shards=tuple(d.shard for d in self._devices.values() if not d.fresh)))
+        present = present or self.layout
+        held = ch.distinct(Layout(shards=tuple(s for s in present.shards if not self._devices[s.device].fresh)))
         topology = self._topology(tuple(dict.fromkeys((*held.devices, *devices))))
         min_gain = MIN_GAIN if hurry and self.config.policy == "makespan" else 0.0
 
-        def attempt(policy: str) -> tuple[Plan, ch.Staging, int]:
+        stay = hurry and EXPERT in self.units.families and set(devices) <= set(held.devices)
+        experts: Experts = "stay" if stay else "even"
+        attempts: list[tuple[str, Experts]] = [(self.config.policy, experts), ("units", experts), ("units", "even")]
+
+        def attempt(policy: str, kind: Experts) -> tuple[Plan, ch.Staging, int]:
             plan = plan_change(
                 self.units,
                 held,
@@ -707,20 +760,29 @@ class Coordinator:
                 policy=POLICIES[policy],
                 min_gain=min_gain,
                 speeds=dict(speeds) or None,
+                experts=kind,
             )
-            staging = ch.stage(plan, self.layout)
+            if kind != experts:
+                why = "experts that somebody holds are loaded elsewhere as well, for lack of memory"
+                plan = replace(plan, reasons=(*plan.reasons, why))
+            staging = ch.stage(plan, present)
             return plan, staging, self._fitting_kv_blocks(staging.staged)
 
-        best = None
-        try:
-            best = attempt(self.config.policy)
-        except DoesNotFit:
-            if self.config.policy == "units":
-                raise
-        if best is not None and (best[2] >= self.num_kv_blocks or self.config.policy == "units"):
-            return best
-        other = attempt("units")
-        return other if best is None or other[2] > best[2] else best
+        best, refusal = None, None
+        for policy, kind in dict.fromkeys(attempts):
+            try:
+                found = attempt(policy, kind)
+            except DoesNotFit as error:
+                refusal = error
+                continue
+            if best is None or found[2] > best[2]:
+                best = found
+            if best[2] >= self.num_kv_blocks:
+                break
+        if best is None:
+            assert refusal is not None
+            raise refusal
+        return best
 
     def _topology(self, devices: tuple[str, ...]) -> Topology:
         """The links of this machine as they were measured, less those from devices that could not be read."""
@@ -1110,7 +1172,7 @@ def _num_bytes(moves: tuple[Move, ...]) -> int:
     return sum(move.num_bytes for move in moves)
 
 
-_TIMED = (LEAVING, ADOPTING, ATTACHING, COMPACTING, RESTORING, ARRANGING, FORMING)
+_TIMED = (LEAVING, ADOPTING, ATTACHING, THINNING, COMPACTING, RESTORING, ARRANGING, FORMING)
 
 _KV_WORDS = {
     KVState.whole: "KV planes are whole",
