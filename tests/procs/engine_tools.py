@@ -11,7 +11,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -343,6 +344,18 @@ def state_of(pid: int) -> str:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
         return ""
+
+
+def check_bytes(episodes: Iterable[dict[str, Any]]) -> None:
+    """Survivors moved nothing, and the host gave what was lost and the further copies that the cuts need.
+
+    Over all episodes: what is still under way when the next fault comes arrives in the next one's account.
+    """
+    moved: Counter[str] = Counter()
+    for episode in episodes:
+        moved.update(episode["bytes"])
+    assert moved["loaded"] == moved["lost"] + moved["replica"] + moved["replicated"]
+    assert moved["lost"] > 0 and moved["copied"] == 0
 
 
 def wait_balanced(driver: Driver, num_changes: int) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from anchortp.errors import AnchorTPError
-from tests.procs.engine_tools import Driver, kill_process, prompt_of, running_engine, wait_balanced
+from tests.procs.engine_tools import Driver, check_bytes, kill_process, prompt_of, running_engine, wait_balanced
 from tests.tiny_model import write_model
 
 NUM_FAULTS = 14
@@ -58,11 +58,8 @@ def experts(tmp_path_factory):
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_a_storm_of_faults(folder, seed):
-    driver, story = storm(folder, seed)
-    for episode in driver.episodes[1:]:
-        moved = episode["bytes"]
-        assert moved["loaded"] == moved["lost"] + moved["replica"] + moved["replicated"], story
-        assert moved["copied"] == 0, story
+    driver = storm(folder, seed)
+    check_bytes(driver.episodes[1:])
 
 
 @pytest.mark.parametrize("seed", [3, 4])
@@ -70,16 +67,15 @@ def test_a_storm_of_faults_while_experts_are_rebalanced(experts, seed):
     storm(experts, seed, eplb_interval_s=0.05, eplb_replica_choices=0.0)
 
 
-def storm(folder: Path, seed: int, **options: Any) -> tuple[Driver, list[str]]:
-    """The driver of an engine that has ended, and what struck it."""
+def storm(folder: Path, seed: int, **options: Any) -> Driver:
+    """The driver of an engine that has ended."""
     dice = random.Random(seed)
-    story = []
     with running_engine(folder, 6, **options) as driver:
         if options:
             wait_balanced(driver, 1)
         streams = driver.speak(3, 150)
         for _ in range(NUM_FAULTS):
-            story.append(strike(driver, dice))
+            print(strike(driver, dice))
             # A few tokens later, or none: but one, so that no request is in every step that is cut off.
             stream = dice.choice(streams)
             if stream.finish_reason is None:
@@ -92,4 +88,4 @@ def storm(folder: Path, seed: int, **options: Any) -> tuple[Driver, list[str]]:
         for stream in streams:
             stream.check()
         driver.submit(prompt_of(7), 20).check()
-    return driver, story
+    return driver

@@ -21,10 +21,11 @@ class Episode:
     """From a fault (or the start) until the engine serves again or refuses; further faults extend it.
 
     Bytes: `lost` the last copies that vanished, `replica` further copies that the new cut needs, `loaded` what of
-    the weights really came from the host, `copied` between devices. `kv_copied`, `kv_restored`: KV planes that came
-    from another device, and from the host's mirror. `kv`: what was left of the cache (`KVState`). `whole_s`: when the
-    last byte of weights was there, which may be after the engine served again. `change_id`: of a planned change, 0
-    for faults and the start.
+    the weights really came from the host, `copied` between devices. What was still under way when the next fault
+    came counts in the episode in which it arrives: sums over episodes are exact. `kv_copied`, `kv_restored`: KV
+    planes that came from another device, and from the host's mirror. `kv`: what was left of the cache (`KVState`).
+    `whole_s`: when the last byte of weights was there, which may be after the engine served again. `change_id`: of a
+    planned change, 0 for faults and the start.
     """
 
     began_s: float
