@@ -65,8 +65,11 @@ def test_whole_prompt(folders: dict[str, Path], kind: str) -> None:
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("alone", [False, True], ids=["together", "alone"])
 @pytest.mark.parametrize("seed", range(12))
-def test_random_layouts(folders: dict[str, Path], seed: int) -> None:
+def test_random_layouts(folders: dict[str, Path], seed: int, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if alone:  # short chunks as long ones do
+        monkeypatch.setattr("anchortp.model.decoder.SHORT_CHUNK_TOKENS", 0)
     rng = random.Random(seed)
     kind = sorted(KINDS)[seed % len(KINDS)]
     units = model_units(load_model_config(folders[kind]))
@@ -143,6 +146,29 @@ def test_decode_groups_of_very_different_lengths(folders: dict[str, Path], monke
         entries = [Entry(token_ids=(1,), start=s, block_ids=tuple(range(20))) for s in (0, 1, 30, 31)]
         assert len(ForwardBatch.build(entries, group.block_size).decode) == 2
         check_group(folders["llama"], group, random.Random(5), lengths=(6, 7, 40, 41, 42))
+
+
+def test_the_ends_of_many_sequences_at_once(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a loss, when a mirror lacks the newest tokens: short chunks of many lengths, in two groups."""
+    rng = random.Random(6)
+    monkeypatch.setattr(batch, "MAX_PADDING_TOKENS", 20)
+    with load_group(folders["qwen3"], 3) as group:
+        prompts = [tuple(rng.randrange(101) for _ in range(n)) for n in (38, 5, 40, 33, 36, 20)]
+        tables = scrambled_tables(len(prompts), group, rng)
+        ends = (2, 5, 32, 1, 33, 7)  # tokens each: one of them decodes, one is a long chunk
+        begun = [
+            Entry(token_ids=prompt[:-end], start=0, block_ids=table)
+            for prompt, end, table in zip(prompts, ends, tables, strict=True)
+            if len(prompt) > end
+        ]
+        group.forward(begun)
+        entries = [
+            Entry(token_ids=prompt[-end:], start=len(prompt) - end, block_ids=table)
+            for prompt, end, table in zip(prompts, ends, tables, strict=True)
+        ]
+        logits = group.forward(entries)
+    expected = torch.cat([reference_logits(folders["qwen3"], prompt)[-1:] for prompt in prompts])
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_only_sampled_entries_have_logits(folders: dict[str, Path]) -> None:

@@ -18,7 +18,7 @@ from anchortp.config import load_model_config
 from anchortp.engine import messages as m
 from anchortp.engine.blocks import extend_block_hashes
 from anchortp.engine.faults import Strike
-from anchortp.engine.keeper import INDEX_ARENA
+from anchortp.engine.keeper import INDEX_ARENA, MAX_CACHED_BYTES
 from anchortp.engine.kv_index import KVIndex
 from anchortp.engine.mirror_addresses import HOST, MirrorAddresses
 from anchortp.errors import AnchorTPError
@@ -174,7 +174,7 @@ def test_of_what_nobody_holds_only_the_latest_is_moved_in_a_recovery(folder, mon
     """Room for ten blocks that are only cached: of two prompts that have ended the later one is found again. With two
     devices the KV head comes from the mirror, with four from another device."""
     block_bytes = KVAddresses(config=load_model_config(folder), block_size=BLOCK, num_blocks=1).block_bytes
-    monkeypatch.setattr("anchortp.engine.keeper.MAX_CACHED_BYTES", 10 * 2 * block_bytes)
+    monkeypatch.setitem(MAX_CACHED_BYTES, "cpu", 10 * 2 * block_bytes)
     with kv_engine(folder, 2 if kv == "mirrored" else 4) as driver:
         for old in (10, 11):
             ask(driver, prompt_of(old, 160), num_tokens=2)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from anchortp.config import EngineConfig
+from anchortp.devices import parse_device
 from anchortp.engine import messages as m
 from anchortp.engine.blocks import BlockPool
 from anchortp.engine.kv_index import NOT_WHOLE, KVIndex
@@ -30,9 +31,10 @@ log = logging.getLogger("anchortp.engine")
 INDEX_ARENA = "kv-index"
 HOST_ATTEMPTS = 3
 MAX_SAVES_PER_STEP = 64  # blocks; a long prompt's are copied over several steps, none of which waits noticeably
-# Of the contents that no running sequence holds so many bytes, of all KV heads, are moved while everybody waits; the
-# least recently used beyond that are computed anew when somebody asks for them. A gigabyte of them took half a second.
-MAX_CACHED_BYTES = 128 << 20
+# Of the contents that no running sequence holds so many bytes, of all KV heads, are moved while everybody waits, which
+# takes some 30 ms; the least recently used beyond that are computed anew when somebody asks for them. By kind of
+# device: pages of host memory are made first, at a gigabyte a second, and a GPU's link carries 20.
+MAX_CACHED_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 
 
 class KVKeeper:
@@ -61,7 +63,8 @@ class KVKeeper:
         self._num_restored = 0
         self._restored: set[bytes] = set()  # contents whose planes the mirror gives back in this recovery
         self._has_moved = False  # planes, in this recovery
-        self._max_cached = MAX_CACHED_BYTES // (plane.kv.block_bytes * plane.kv.config.num_kv_heads)
+        max_bytes = MAX_CACHED_BYTES["cuda" if parse_device(config.devices[0]).kind == "cuda" else "cpu"]
+        self._max_cached = max_bytes // (plane.kv.block_bytes * plane.kv.config.num_kv_heads)
         self._epoch = NOT_WHOLE  # for which the cache is what the index says
 
     # ----------------------------------------------------------------------------------- opening the host anchor

@@ -9,10 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-# Sequences that decode together are padded to the longest context among them. A group is closed when its
+# Sequences that attend together are padded to the longest context among them. A group is closed when its
 # padding would cost more than a second round of kernels, or its gathered context would take too much memory.
 MAX_PADDING_TOKENS = 1024
 MAX_GROUP_TOKENS = 16384
+# Prefill chunks of up to so many tokens attend together as well: what each of the ends of sequences that a KV mirror
+# did not have yet needs is little, and a round of kernels a layer for each took longer than all the rest of the step.
+SHORT_CHUNK_TOKENS = 32
 
 
 class BatchEntry(Protocol):
@@ -64,7 +67,7 @@ class PrefillChunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBatch:
-    """Rows are tokens: decoding sequences first (shortest context first), then prefill chunks.
+    """Rows are tokens: decoding sequences first, then short prefill chunks, each by ascending context, then others.
 
     `opened_blocks`: blocks whose first token is in this batch and whose last is not. Their rest still holds what
     an earlier sequence left, and decoding gathers whole blocks: they are zeroed before they are written, because
@@ -118,9 +121,10 @@ def _whole_blocks(entry: BatchEntry, block_size: int) -> int:
     return -(-_context(entry) // block_size)
 
 
-def _sort_key(entry: BatchEntry) -> tuple[bool, int]:
-    prefill = len(entry.token_ids) > 1
-    return (prefill, 0 if prefill else entry.start)
+def _sort_key(entry: BatchEntry) -> tuple[int, int]:
+    if len(entry.token_ids) > SHORT_CHUNK_TOKENS:
+        return (2, 0)
+    return (int(len(entry.token_ids) > 1), _context(entry))
 
 
 def _last_rows(entries: Sequence[BatchEntry]) -> list[int]:
@@ -132,21 +136,25 @@ def _last_rows(entries: Sequence[BatchEntry]) -> list[int]:
 
 
 def _decode_groups(entries: Sequence[BatchEntry], block_size: int) -> Iterator[DecodeGroup]:
-    """`entries` by ascending context; cut from the longest downwards."""
+    for start, stop in cut_groups([_context(entry) for entry in entries], block_size):
+        yield _decode_group(entries[start:stop], start, block_size)
+
+
+def cut_groups(lengths: Sequence[int], block_size: int) -> list[tuple[int, int]]:
+    """`[start, stop)` of contexts, given ascending, that attend together; cut from the longest downwards."""
     groups: list[tuple[int, int]] = []
-    stop = len(entries)
+    stop = len(lengths)
     while stop > 0:
-        start, num_keys = stop - 1, _whole_blocks(entries[stop - 1], block_size) * block_size
-        padding = num_keys - _context(entries[start])
+        start, num_keys = stop - 1, -(-lengths[stop - 1] // block_size) * block_size
+        padding = num_keys - lengths[start]
         while start > 0:
-            padding += num_keys - _context(entries[start - 1])
+            padding += num_keys - lengths[start - 1]
             if padding > MAX_PADDING_TOKENS or (stop - start + 1) * num_keys > MAX_GROUP_TOKENS:
                 break
             start -= 1
         groups.append((start, stop))
         stop = start
-    for start, stop in reversed(groups):
-        yield _decode_group(entries[start:stop], start, block_size)
+    return groups[::-1]
 
 
 def _decode_group(entries: Sequence[BatchEntry], start: int, block_size: int) -> DecodeGroup:

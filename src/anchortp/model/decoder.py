@@ -7,8 +7,8 @@ residual stream is in the model's dtype, norms are computed in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Protocol
 
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anchortp.layout import ATTENTION, KV, MLP, VOCAB, Layout, ModelUnits, Shard
-from anchortp.model.batch import DecodeGroup, ForwardBatch, PrefillChunk
+from anchortp.model.batch import SHORT_CHUNK_TOKENS, DecodeGroup, ForwardBatch, PrefillChunk, cut_groups
 from anchortp.model.kv_cache import KVCache
 from anchortp.model.moe import MoE
 from anchortp.model.paged import Attend, FlashInfer
@@ -61,7 +61,8 @@ class _Heads:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Context:
-    """One decode group or prefill chunk: batch rows `[start, stop)` and where their context lies."""
+    """Batch rows `[start, stop)` that attend together, and where their context lies: a decode group, short prefill
+    chunks of several sequences, or a chunk of one."""
 
     start: int
     stop: int
@@ -69,7 +70,9 @@ class _Context:
     num_planes: int  # sequences * num_kv
     blocks: Tensor  # int64 [2 * num_planes * blocks]: blocks of a layer's planes, keys before values
     gathered: Tensor  # [2 * num_planes * blocks, block_size * head_dim]: for what lies there, of one layer at a time
-    mask: Tensor | None  # additive [num_planes, 1, num_keys], decode groups of unequal lengths only
+    mask: Tensor | None  # additive [num_planes, 1 or queries * G, num_keys]; None if all see all, and of one chunk
+    spread: Tensor | None = None  # short chunks: int64 [sequences * queries], rows from `start` on, the last repeated
+    picked: Tensor | None = None  # int64 [stop - start]: place of each row in `spread`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,8 +84,8 @@ class Step:
     cos: Tensor  # [rows, num_q + 2 * num_kv, head_dim]; the values' rows do not rotate
     sin: Tensor
     attend: Attend | None  # by blocks where they lie; else decode and prefill say what to gather
-    decode: tuple[_Context, ...]
-    prefill: tuple[_Context, ...]
+    groups: tuple[_Context, ...]  # of several sequences, each with few queries
+    chunks: tuple[_Context, ...]  # of one sequence each
 
 
 class Decoder:
@@ -165,9 +168,41 @@ class Decoder:
             cos=self._rope.cos.index_select(0, angles.flatten()).view(shape),
             sin=self._rope.sin.index_select(0, angles.flatten()).view(shape),
             attend=attend,
-            decode=() if attend else tuple(self._context(group, group.valid) for group in batch.decode),
-            prefill=() if attend else tuple(self._context(chunk, None) for chunk in batch.prefill),
+            groups=() if attend else tuple(self._groups(batch)),
+            chunks=()
+            if attend
+            else tuple(self._context(chunk, None) for chunk in batch.prefill if not _is_short(chunk)),
         )
+
+    def _groups(self, batch: ForwardBatch) -> Iterator[_Context]:
+        for group in batch.decode:
+            yield self._context(group, None if group.valid is None else group.valid.unsqueeze(1))
+        short = [chunk for chunk in batch.prefill if _is_short(chunk)]
+        for start, stop in cut_groups([chunk.num_keys for chunk in short], batch.block_size):
+            yield self._short_chunks(short[start:stop], batch.block_size)
+
+    def _short_chunks(self, chunks: Sequence[PrefillChunk], block_size: int) -> _Context:
+        """As many queries of each as the longest chunk has: those that there are not repeat the chunk's last."""
+        first, sizes = chunks[0].start, [chunk.stop - chunk.start for chunk in chunks]
+        num_queries, num_blocks = max(sizes), max(chunk.blocks.shape[1] for chunk in chunks)
+        whole = DecodeGroup(
+            start=first,
+            stop=chunks[-1].stop,
+            blocks=torch.cat([_filled_up(chunk.blocks, num_blocks) for chunk in chunks]),
+            num_keys=num_blocks * block_size,
+            valid=None,
+        )
+        # Of each query: its row, counted from the first, and the last key that it sees.
+        numbers = [
+            (chunk.start - first + query, chunk.num_keys - size + query)
+            for chunk, size in zip(chunks, sizes, strict=True)
+            for query in (min(place, size - 1) for place in range(num_queries))
+        ]
+        rows, last_keys = torch.tensor(numbers).T
+        picked = [index * num_queries + query for index, size in enumerate(sizes) for query in range(size)]
+        seen = torch.arange(whole.num_keys) <= last_keys.view(-1, num_queries, 1)
+        context = self._context(whole, seen)
+        return replace(context, spread=rows, picked=torch.tensor(picked))
 
     @property
     def num_heads(self) -> tuple[int, int]:
@@ -175,6 +210,7 @@ class Decoder:
         return self._heads.num_kv * self._heads.group, self._heads.num_kv
 
     def _context(self, part: DecodeGroup | PrefillChunk, valid: Tensor | None) -> _Context:
+        """`valid`: bool `[sequences, queries, num_keys]`, which keys a query sees; None if all, or by place."""
         heads = self._heads
         blocks = (heads.plane_starts + part.blocks[None, :, None, :]).flatten()
         block_elements = self.kv_cache.block_size * self.config.head_dim
@@ -183,7 +219,9 @@ class Decoder:
         mask = None
         if valid is not None:
             mask = torch.zeros(valid.shape, dtype=self.dtype).masked_fill_(~valid, float("-inf"))
-            mask = mask.repeat_interleave(heads.num_kv, dim=0).unsqueeze(1)
+            if valid.shape[1] > 1:
+                mask = mask.repeat_interleave(heads.group, dim=1)
+            mask = mask.repeat_interleave(heads.num_kv, dim=0)
         return _Context(
             start=part.start,
             stop=part.stop,
@@ -215,8 +253,8 @@ class Decoder:
         if step.attend is not None:
             attended = step.attend(queries, cache)
         else:
-            parts = [self._decode(queries, planes, context) for context in step.decode]
-            parts += [self._prefill(queries, planes, context) for context in step.prefill]
+            parts = [self._attend_together(queries, planes, context) for context in step.groups]
+            parts += [self._attend_alone(queries, planes, context) for context in step.chunks]
             attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         if heads.back is not None:
             attended = attended.index_select(1, heads.back)
@@ -241,15 +279,25 @@ class Decoder:
         cache.index_copy_(1, step.cache_slots, keys_values.transpose(0, 1))
         return blocks.flatten(0, 1)
 
-    def _decode(self, queries: Tensor, planes: Tensor, context: _Context) -> Tensor:
-        """One query per sequence -> `[sequences, num_kv * G, head_dim]`."""
+    def _attend_together(self, queries: Tensor, planes: Tensor, context: _Context) -> Tensor:
+        """A few queries of each of several sequences -> `[rows, num_kv * G, head_dim]`."""
         heads, hd = self._heads, self.config.head_dim
         keys, values = self._gather(planes, context)
-        grouped = queries[context.start : context.stop].view(-1, heads.group, hd)
-        scores = _scores(grouped, keys, context.mask, hd)
-        return torch.bmm(torch.softmax(scores, -1), values).view(-1, heads.num_kv * heads.group, hd)
+        rows = queries[context.start : context.stop]
+        if context.spread is None:
+            grouped = rows.view(-1, heads.group, hd)
+        else:
+            num_sequences = context.num_planes // heads.num_kv
+            by_query = rows.index_select(0, context.spread).view(num_sequences, -1, heads.num_kv, heads.group, hd)
+            by_head = by_query.transpose(1, 2)
+            grouped = by_head.reshape(context.num_planes, -1, hd)
+        attended = torch.bmm(torch.softmax(_scores(grouped, keys, context.mask, hd), -1), values)
+        if context.picked is not None:
+            by_query = attended.view(by_head.shape).transpose(1, 2)
+            attended = by_query.reshape(-1, heads.num_kv * heads.group, hd).index_select(0, context.picked)
+        return attended.view(-1, heads.num_kv * heads.group, hd)
 
-    def _prefill(self, queries: Tensor, planes: Tensor, context: _Context) -> Tensor:
+    def _attend_alone(self, queries: Tensor, planes: Tensor, context: _Context) -> Tensor:
         """Consecutive queries of one sequence -> `[queries, num_kv * G, head_dim]`, a tile at a time."""
         heads, hd = self._heads, self.config.head_dim
         keys, values = self._gather(planes, context)
@@ -312,6 +360,15 @@ class Decoder:
         for held, part in zip(self._vocab_units, parts, strict=True):
             out.index_copy_(1, held, part.view(num_rows, -1, block))
         return out.view(num_rows, -1)
+
+
+def _is_short(chunk: PrefillChunk) -> bool:
+    return chunk.stop - chunk.start <= SHORT_CHUNK_TOKENS
+
+
+def _filled_up(blocks: Tensor, num_blocks: int) -> Tensor:
+    """`[1, num_blocks]`: with the sequence's own first block, as those of a decode group."""
+    return torch.cat((blocks, blocks[:, :1].expand(-1, num_blocks - blocks.shape[1])), dim=1)
 
 
 def _scores(queries: Tensor, keys: Tensor, mask: Tensor | None, head_dim: int) -> Tensor:
