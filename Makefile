@@ -1,5 +1,5 @@
 # Two commands: `make demo` and `make test`. Everything else is a part of them.
-# The environment lives in .venv; torch comes as its CPU build, through constraints.txt.
+# The environment lives in .venv; torch in the version of constraints.txt, as the CPU build where the index has one.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin

@@ -4,13 +4,14 @@
 
 A model with the layer shapes of Qwen3-8B and random weights is made once. Each device is a process with a memfd
 arena; a plan of the policy is carried out by the executor (`anchortp.transfer`), stage by stage, all devices at once,
-sums checked. Then the arenas are brought back to where they were. Weights are laid out and kept packed as the engine
-does by default.
+sums checked. Then the arenas are brought back to where they were. Weights are laid out as the engine does by default,
+and kept packed as with `--packed-weights`.
 
 The floor is the same run's, and in turn with the loads: lost bytes over the bytes per second that `--threads` threads
 copy from warm memory to warm memory. Destinations are mapped before the clock starts; with `--cold-pages` the load has
-to allocate their pages, as a recovery must, and is compared with memcpy into fresh pages of a memfd as well. Where
-other work runs on the machine, CPU time says more: that of all devices, over what one thread needs to copy the bytes.
+to allocate their pages, as a recovery must for which no memory was made ready, and is compared with memcpy into fresh
+pages of a memfd as well. Where other work runs on the machine, CPU time says more: that of all devices, over what one
+thread needs to copy the bytes.
 
 The last line on stdout is one JSON document.
 """

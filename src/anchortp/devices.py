@@ -45,10 +45,20 @@ class Device:
         return self.kind in ("cuda", "sim")
 
     @property
+    def name(self) -> str:
+        """As in the table above."""
+        index = "" if self.kind == "host" else f":{self.index}"
+        return self.kind + index + ("" if self.part is None else f"/{self.part}")
+
+    @property
     def file_name(self) -> str:
-        """As in `anchor-cuda-0-1.sock`."""
-        parts = [self.kind] + ([] if self.kind == "host" else [str(self.index)])
-        return "-".join(parts + ([] if self.part is None else [str(self.part)]))
+        """As in `anchor-cuda-0-1.sock`; `parse_file_name` is the way back."""
+        return self.name.replace(":", "-").replace("/", "-")
+
+    @property
+    def order(self) -> tuple[str, int, int]:
+        """A sort key: by kind, then by number; a whole device before its parts."""
+        return self.kind, self.index, -1 if self.part is None else self.part
 
 
 def parse_device(name: str) -> Device:
@@ -59,6 +69,11 @@ def parse_device(name: str) -> Device:
     if match[1] is None:
         return Device(kind="host")
     return Device(kind=match[1], index=int(match[2]), part=None if match[3] is None else int(match[3]))  # type: ignore[arg-type]
+
+
+def parse_file_name(file_name: str) -> Device:
+    """The device whose `file_name` this is. Raises ConfigError."""
+    return parse_device(file_name.replace("-", ":", 1).replace("-", "/", 1))
 
 
 def check_engine_devices(names: Iterable[str]) -> tuple[Device, ...]:

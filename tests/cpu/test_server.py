@@ -679,6 +679,7 @@ def test_metrics(start, tokenizer):
             "faults": [{"kind": "lost"}],
             "devices": {"cpu:0": {"used_bytes": 7, "state": "alive"}, "cpu:1": {"used_bytes": 9}},
             "requests": {"waiting": 3},
+            "links": {"host>cpu:0": {"bytes_per_s": 2.5e9}},
         }
         stack.chat()
         stack.http.get("/nowhere")
@@ -693,6 +694,8 @@ def test_metrics(start, tokenizer):
     assert samples["anchortp_step_seconds", ()] == 0.5
     assert samples["anchortp_devices_used_bytes", ("cpu:1",)] == 9
     assert samples["anchortp_requests", ("waiting",)] == 3
+    assert samples["anchortp_links_bytes_per_s", ("host>cpu:0",)] == 2.5e9
+    assert not any("per_seconds" in name for name, _ in samples)
     assert samples["anchortp_choices_total", ("stop",)] == 1
     assert samples["anchortp_http_errors_total", ("404",)] == 1
     assert samples["anchortp_prompt_tokens_total", ()] == len(tokenizer.encode_chat(CHAT))

@@ -277,6 +277,21 @@ def test_hang_is_fenced_and_then_a_crash():
     assert "hangs" in world.coordinator.episodes[-1].cause
 
 
+def test_faults_are_counted_and_changes_and_the_start_are_not():
+    world = serving(names=devices(5))
+    assert world.coordinator.num_faults == 0
+    strikes = [lambda: world.crash("cpu:1"), lambda: world.hang("cpu:3"), lambda: world.lose("cpu:2")]
+    for done, strike in enumerate(strikes, start=1):
+        strike()
+        world.settle()
+        assert world.coordinator.num_faults == done
+    world.crash("cpu:1")
+    world.lose("cpu:4")  # in the middle of that recovery, a part of it
+    change(world, remove=("cpu:0",))
+    world.settle()
+    assert world.coordinator.num_faults == 4 and world.coordinator.members == ("cpu:1", "cpu:3")
+
+
 def test_anchor_crash_does_not_stop_serving():
     world = serving()
     world.kill_anchor("cpu:0")
@@ -713,6 +728,7 @@ def test_room_is_made_before_a_member_leaves():
     assert kinds.index(ev.Compact) < kinds.index(ev.Load)
     assert [r.kv for r in world.resumed[1:]] == [KVState.whole, KVState.whole]
     assert world.coordinator.num_kv_blocks == world.resumed[-1].num_kv_blocks < 256
+    assert world.coordinator.num_faults == 0
 
 
 def test_kv_cache_grows_again_with_the_group():

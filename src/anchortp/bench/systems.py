@@ -1,7 +1,8 @@
 """The systems that are compared: how each is started, struck, and started again.
 
 An adapter is a value: a command with placeholders, an environment, and what a fault means for it. More of them can be
-given as JSON files (`--system FILE`), so that whatever speaks OpenAI HTTP can be measured beside the built-in ones:
+given as JSON files (`--systems anchortp,FILE.json`), so that whatever speaks OpenAI HTTP can be measured beside the
+built-in ones:
 
     {"name": "other", "command": ["other-server", "{model}", "--port", "{port}", "--name", "{served_name}"],
      "env": {"OTHER_THREADS": "2"}, "settings": "version 1.2, all defaults"}
@@ -130,8 +131,8 @@ def builtin(name: str, model: Path, vllm_folder: Path, serve_options: tuple[str,
     if match := re.fullmatch(r"vllm-tp(\d+)-(eager|compiled)", name):
         return vllm(vllm_folder, model, tp=int(match[1]), compiled=match[2] == "compiled")
     raise ConfigError(
-        f"no system is called {name!r}; take anchortp, anchortp-restart, anchortp-published, vllm-tp1-eager, "
-        f"vllm-tp1-compiled, or give a JSON file."
+        f"no system is called {name!r}; take anchortp, anchortp-restart, anchortp-published, vllm-tpN-eager, "
+        f"vllm-tpN-compiled (N: its degree), or give a JSON file."
     )
 
 

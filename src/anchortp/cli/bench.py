@@ -21,8 +21,8 @@ Model = Annotated[str, typer.Option(help="Hugging Face folder or hub name; 'smol
 Systems = Annotated[
     str,
     typer.Option(
-        help="Comma-separated: anchortp, anchortp-restart, anchortp-published, vllm-tp1-eager, vllm-tp1-compiled, "
-        "or a JSON file that says how to start another one."
+        help="Comma-separated: anchortp, anchortp-restart, anchortp-published, vllm-tpN-eager, vllm-tpN-compiled "
+        "(N: its degree), or a JSON file that says how to start another one."
     ),
 ]
 VllmDir = Annotated[
@@ -66,7 +66,9 @@ def serving(
     runs: Annotated[int, typer.Option(min=1)] = 3,
     seed: int = 0,
     url: Annotated[str | None, typer.Option(help="Measure this running server, as http://127.0.0.1:8000.")] = None,
-    served_name: Annotated[str | None, typer.Option(help="The model's name at --url. Default: the folder's.")] = None,
+    served_name: Annotated[
+        str | None, typer.Option(help="The model's name at --url. Default: as `anchortp serve` names it.")
+    ] = None,
     vllm_dir: VllmDir = None,
     serve_option: ServeOption = None,
 ) -> None:
@@ -77,9 +79,10 @@ def serving(
     from anchortp.bench.client import Target
     from anchortp.bench.prompts import vocabulary_size
     from anchortp.cli.bench_view import show_serving
-    from anchortp.cli.serving import resolve_folder
+    from anchortp.cli.serving import default_model_name, resolve_folder
 
     folder = resolve_folder(model)
+    name = default_model_name(model, folder)
     options = bench.Options(
         requests=requests,
         input=input_tokens,
@@ -91,7 +94,7 @@ def serving(
     )
     document: dict[str, Any] = {
         "benchmark": "serving",
-        "model": folder.name,
+        "model": name,
         "tp": tp,
         "conditions": machine.conditions(),
         "systems": {},
@@ -100,7 +103,7 @@ def serving(
         place = urlsplit(url)
         if not place.hostname or not place.port:
             raise ConfigError(f"--url {url}: give an address with its port, as http://127.0.0.1:8000.")
-        target = Target(host=place.hostname, port=place.port, model=served_name or folder.name)
+        target = Target(host=place.hostname, port=place.port, model=served_name or name)
         document["systems"][url] = asyncio.run(bench.measure(target, vocabulary_size(folder), options, tell))
     else:
         chosen = adapters.resolve(
@@ -108,8 +111,8 @@ def serving(
         )
         devices = tuple(f"cpu:{i}" for i in range(tp))
         try:
-            for name, measured in bench.run(chosen, folder, devices, options, tell):
-                document["systems"][name] = measured
+            for system, measured in bench.run(chosen, folder, devices, options, tell):
+                document["systems"][system] = measured
         except KeyboardInterrupt:
             document["interrupted"] = True
             tell("interrupted; this is what was measured so far")

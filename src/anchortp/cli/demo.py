@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from anchortp.cli.client import Stream, http_client, private_tmp, served, time_to_first_success
-from anchortp.cli.serving import resolve_folder
+from anchortp.cli.serving import default_model_name, resolve_folder
 from anchortp.errors import AnchorTPError, ConfigError
 from anchortp.state.client import AnchorClient
 
@@ -64,13 +64,14 @@ def run(*, model: str, tp: int, lose: str, num_streams: int, max_tokens: int, de
         )
     folder = resolve_folder(model)
     runtime_dir = private_tmp("demo")
-    arguments = [str(folder), "--tp", str(tp), "--max-num-seqs", str(max(16, num_streams))]
+    name = default_model_name(model, folder)
+    arguments = [str(folder), "--tp", str(tp), "--max-num-seqs", str(max(16, num_streams)), "--served-model-name", name]
     if device_memory_bytes is not None:
         arguments += ["--device-memory", str(device_memory_bytes)]
-    console.print(f"starting {tp} devices (an anchor and a worker each) and loading {folder.name}")
+    console.print(f"starting {tp} devices (an anchor and a worker each) and loading {name}")
     try:
         with served(runtime_dir, arguments, timeout_s=START_TIMEOUT_S) as (url, _):
-            show = asyncio.run(_speak(console, url, folder.name, runtime_dir, lose, num_streams, max_tokens))
+            show = asyncio.run(_speak(console, url, name, runtime_dir, lose, num_streams, max_tokens))
         return _verdict(console, show)
     except AnchorTPError:
         log = runtime_dir / "serve.log"

@@ -18,7 +18,9 @@ app = typer.Typer(help="Add devices to a running engine, take them away, weigh t
 TIMEOUT_S = 10.0
 POLL_S = 0.1
 
-RuntimeDir = Annotated[Path | None, typer.Option(help="Runtime folder of the engine. Default: one per user.")]
+RuntimeDir = Annotated[
+    Path | None, typer.Option(help="Runtime folder of the engine. Default: ANCHORTP_RUNTIME_DIR, else one per user.")
+]
 ApiKey = Annotated[str | None, typer.Option(envvar="ANCHORTP_API_KEY")]
 Wait = Annotated[bool, typer.Option(help="Wait until the change is made, or turned down.")]
 

@@ -22,11 +22,16 @@ app = typer.Typer(
 
 RuntimeDir = Annotated[
     Path | None,
-    typer.Option(help="Private folder where anchors, server and tools meet. Default: one per user."),
+    typer.Option(
+        help="Private folder where anchors, server and tools meet. Default: ANCHORTP_RUNTIME_DIR, else one per user."
+    ),
 ]
 DeviceMemory = Annotated[
     str | None,
-    typer.Option(help="Memory budget of each device, as 4G or 512M. Default: an equal share of 80 % of what is free."),
+    typer.Option(
+        help="Memory budget of each device, as 4G or 512M. Default: an equal share of 80 % of what is free; "
+        "GPUs need the option."
+    ),
 ]
 
 
@@ -73,21 +78,40 @@ class Collectives(StrEnum):
 
 @app.command()
 def serve(
-    model: Annotated[str, typer.Argument(help="Hugging Face folder or hub name; 'smollm2' for the packaged one.")],
-    tp: Annotated[int | None, typer.Option(help="Devices to use: cpu:0 to cpu:N-1.", min=1)] = None,
-    devices: Annotated[str | None, typer.Option(help="Devices by name, as cpu:0,cpu:2, instead of --tp.")] = None,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Hugging Face folder or hub name; 'smollm2' for the packaged one, 'smollm2-moe' for a mixture of "
+            "experts made of it."
+        ),
+    ],
+    tp: Annotated[int | None, typer.Option(help="Devices to use: cpu:0 to cpu:N-1. Default: 1.", min=1)] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="Instead of --tp: devices by name, as cpu:0,cpu:2 or cuda:0,cuda:1 (cuda:0/0: a part)."),
+    ] = None,
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0 takes a free one.")] = 8000,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16 or float32.")] = "auto",
-    weights: Annotated[WeightsLayout, typer.Option(help="plain: not in the panels that this CPU's matmul reads.")] = (
-        WeightsLayout.auto
-    ),
+    weights: Annotated[
+        WeightsLayout,
+        typer.Option(
+            help="auto: bfloat16 in the panels that this CPU's matmul reads, where they are known. plain: never."
+        ),
+    ] = WeightsLayout.auto,
     expert_cut: Annotated[
         ExpertCut, typer.Option(help="Of a mixture of experts each device holds whole experts, or columns of all.")
     ] = ExpertCut.experts,
     device_memory: DeviceMemory = None,
-    max_model_len: Annotated[int | None, typer.Option(help="Tokens of prompt and answer together.")] = None,
-    kv_tokens: Annotated[int | None, typer.Option(help="Tokens that the KV cache holds.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option(help="Tokens of prompt and answer together. Default: the model's, at most 8192.")
+    ] = None,
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens that the KV cache holds. Default: --max-num-seqs at full length; fewer where memory is short."
+        ),
+    ] = None,
     kv_mirror: Annotated[
         KVMirror, typer.Option(help="host: sealed KV blocks are copied to host memory.")
     ] = KVMirror.host,
@@ -96,7 +120,7 @@ def serve(
         typer.Option(help="Memory of the mirror, as 2G. Default: the whole cache, up to a tenth of what is free."),
     ] = None,
     max_num_seqs: Annotated[int, typer.Option(help="Requests that run at the same time.")] = 16,
-    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of one step.")] = 512,
+    max_num_batched_tokens: Annotated[int, typer.Option(help="Tokens of one step, at least --max-num-seqs.")] = 512,
     max_waiting: Annotated[int, typer.Option(help="Requests that may wait; more get a 429.")] = 256,
     speed: Annotated[
         list[str] | None, typer.Option(help="Relative speed of a device, as cpu:0=2.0; repeat. Widths follow.")
@@ -117,7 +141,9 @@ def serve(
     eplb_replica_cost: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="What a replica costs a step beside its tokens, in tokens; else by the kind of device."
+            min=0.0,
+            help="What a replica costs a step beside its tokens, in choices of experts (docs/eplb.md). Default: 32 on "
+            "CPUs, 300 on GPUs.",
         ),
     ] = None,
     pipelined_load: Annotated[
@@ -131,7 +157,9 @@ def serve(
             "to the model's size on disk.",
         ),
     ] = False,
-    served_model_name: Annotated[str | None, typer.Option(help="Name in the API. Default: the folder's.")] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="Name in the API. Default: the hub name as given, else the folder's name.")
+    ] = None,
     api_key: Annotated[str | None, typer.Option(envvar="ANCHORTP_API_KEY", help="Ask clients for this key.")] = None,
     keep_anchors: Annotated[
         bool, typer.Option("--keep-anchors", help="Leave weights in the anchors when stopping.")
@@ -247,7 +275,7 @@ def demo(
     lose: Annotated[str, typer.Option(help="The device that dies.")] = "cpu:2",
     streams: Annotated[int, typer.Option(min=1)] = 8,
     max_tokens: Annotated[int, typer.Option(min=2, help="Length of each answer.")] = 160,
-    device_memory: DeviceMemory = "2G",
+    device_memory: Annotated[str, typer.Option(help="Memory budget of each device, as 4G or 512M.")] = "2G",
 ) -> None:
     """The whole story in one command: serve, speak, lose a device, go on."""
     from anchortp.cli import demo as story
@@ -296,7 +324,11 @@ def plan(
     kv_mirror: Annotated[str, typer.Option(help="Places that hold a mirror of the KV cache, as host.")] = "",
     weights_at: Annotated[str, typer.Option(help="Places to load weights from, instead of the topology's.")] = "",
     explain: Annotated[
-        str | None, typer.Option(help="Say where one unit comes from: attention:5, kv:2, expert:12.3 (layer.expert).")
+        str | None,
+        typer.Option(
+            help="Say where one unit comes from: attention:5, kv:2, mlp:0, vocab:0, expert:12.3 (layer.expert), "
+            "plane:2 (the KV cache of a KV head), replicated."
+        ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(help="Draw transfers per link over time into this PNG.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON document instead of tables.")] = False,

@@ -1,4 +1,4 @@
-"""Progress while an engine starts: bars on a terminal, a few lines elsewhere."""
+"""Progress while an engine starts: bars, on a terminal."""
 
 from __future__ import annotations
 

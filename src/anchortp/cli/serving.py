@@ -21,6 +21,7 @@ from anchortp.errors import ConfigError
 SERVE_FILE = "serve.json"  # where tools find the server: its address, pid and model
 START_TIMEOUT_S = 3600.0  # a large model from a slow disk
 SWITCH_INTERVAL_S = 0.5e-3
+PACKAGED = ("smollm2", "smollm2-moe", "smollm2-moe-exact")  # names of models that install like a library
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -91,7 +92,7 @@ def _serve_http(engine: Any, tokenizer: Any, config: EngineConfig, options: Serv
     from anchortp.server.app import create_app
     from anchortp.server.run import serve_http
 
-    name = options.served_model_name or folder.name
+    name = options.served_model_name or default_model_name(options.model, folder)
     app = create_app(engine, tokenizer, model_name=name, api_key=options.api_key)
     announce = Path(config.runtime_dir, SERVE_FILE)
     # The libraries imported so far are not garbage: keep the collector from walking them while tokens wait.
@@ -132,13 +133,19 @@ def resolve_folder(model: str) -> Path:
         from anchortp.cli.smollm2 import fetch_smollm2
 
         return fetch_smollm2(tell)
-    if model in ("smollm2-moe", "smollm2-moe-exact"):
+    if model in PACKAGED:
         from anchortp.cli.upcycle import fetch_moe
 
         return fetch_moe("exact" if model.endswith("exact") else "skewed", tell)
     from anchortp.transfer.hub import resolve_model
 
     return resolve_model(model)
+
+
+def default_model_name(model: str, folder: Path) -> str:
+    """What the API calls `model`, which was found in `folder`: a hub name as it is, all else by its folder."""
+    fetched = model not in PACKAGED and folder != Path(model).expanduser()
+    return model if fetched else Path(os.path.abspath(folder)).name
 
 
 def parse_devices(tp: int | None, devices: str | None) -> tuple[str, ...]:

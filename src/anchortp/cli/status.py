@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from anchortp.cli.serving import serving_url
 from anchortp.config import default_runtime_dir
+from anchortp.devices import parse_file_name
 from anchortp.errors import AnchorTPError, ConfigError
 from anchortp.state.client import AnchorClient
 
@@ -22,7 +24,7 @@ MAX_EXPERTS = 16  # shown, the hottest
 def show(runtime_dir: Path | None, *, json_output: bool, api_key: str | None) -> None:
     """Prints both. Raises ConfigError if there is neither an anchor nor a server."""
     folder = runtime_dir or default_runtime_dir()
-    anchors = {device: _anchor(folder, device) for device in _devices(folder)}
+    anchors = {device: _anchor(folder, device) for device in devices_in(folder)}
     engine = _engine(folder, api_key)
     if not anchors and engine is None:
         raise ConfigError(f"nothing runs under {folder}: no anchor, no server. Start `anchortp serve MODEL`.")
@@ -42,15 +44,18 @@ def show(runtime_dir: Path | None, *, json_output: bool, api_key: str | None) ->
     if engine.get("expert_load"):
         console.print(_expert_table(engine))
         console.print(expert_line(engine))
-    faults = [episode for episode in engine["episodes"] if episode["cause"] != "start"]
-    if faults:
-        console.print(_fault_table(faults))
+    episodes = [episode for episode in engine["episodes"] if episode["cause"] != "start"]
+    if episodes:
+        console.print(_episode_table(episodes))
 
 
-def _devices(folder: Path) -> list[str]:
-    names = [path.stem.removeprefix("anchor-") for path in folder.glob("anchor-*.sock")]
-    devices = ["{}:{}".format(*name.rsplit("-", 1)) if "-" in name else name for name in names]
-    return sorted(devices, key=lambda d: (d.partition(":")[0], int(d.partition(":")[2] or 0)))
+def devices_in(folder: Path) -> list[str]:
+    """The devices whose anchors have a socket in the folder."""
+    devices = []
+    for path in folder.glob("anchor-*.sock"):
+        with contextlib.suppress(ConfigError):  # somebody else's file
+            devices.append(parse_file_name(path.stem.removeprefix("anchor-")))
+    return [device.name for device in sorted(devices, key=lambda device: device.order)]
 
 
 def _anchor(folder: Path, device: str) -> dict[str, Any]:
@@ -129,8 +134,8 @@ def expert_line(engine: dict[str, Any]) -> str:
     )
 
 
-def _fault_table(episodes: list[dict[str, Any]]) -> Table:
-    table = Table(title="recoveries")
+def _episode_table(episodes: list[dict[str, Any]]) -> Table:
+    table = Table(title="recoveries and changes")
     for column in ("epoch", "cause", "lost", "loaded", "copied", "KV", "recovered", "first token"):
         table.add_column(column, justify="left" if column == "cause" else "right")
     for episode in episodes:

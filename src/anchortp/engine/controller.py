@@ -61,7 +61,7 @@ STOP_TIMEOUT_S = 5.0
 BACKLOG_POLL_S = 1e-3
 BACKGROUND_PACE = 0.5  # share of the time in which bytes move while steps are computed
 PUBLISH_EVERY_S = 0.1
-MAX_EPISODES_SHOWN = 32
+MAX_EPISODES_SHOWN = 32  # the latest, in all of `episodes`, `faults` and `changes`
 CALM_S = 1.0  # before memory is made ready for the next loss
 ADOPT_AFTER_S = 0.02
 
@@ -879,7 +879,7 @@ class ElasticEngine:
             "num_waiting": self.scheduler.num_waiting,
             "num_preempted": self.scheduler.num_preempted,
             "num_spares": self._processes.num_spares_ready if hasattr(self, "_processes") else 0,
-            "num_faults": len(faults),
+            "num_faults": recovery.num_faults,
             "kv": {
                 "blocks": recovery.num_kv_blocks,
                 "blocks_held": self.pool.num_held,

@@ -16,14 +16,7 @@ from anchortp.recovery.devices import Device
 from anchortp.recovery.events import Change
 from anchortp.recovery.story import Episode
 
-ATTACHING, MAKING_ROOM, RESERVING, LOADING, READY, SWITCHING = (
-    "attaching",
-    "making room",
-    "reserving",
-    "loading",
-    "ready",
-    "switching",
-)
+ATTACHING, RESERVING, LOADING, READY, SWITCHING = "attaching", "reserving", "loading", "ready", "switching"
 MAX_ATTEMPTS = 3
 
 

@@ -12,6 +12,9 @@
      all Formed   all Arranged   all Restored  all Loaded   Reserved        (where KV has to shrink)
 ```
 
+Where weights, or the KV cache there was, would not fit otherwise, replicas of experts go before anything is compacted
+(`thinning`), and the plan is made again.
+
 Loading is a phase of its own only where the next one needs all bytes: at the start, and before units are given up
 (`arranging`). Else weights arrive while planes are restored, the group is formed, and the first step runs: a layer
 computes when its bytes are there.
@@ -136,7 +139,8 @@ class Coordinator:
     """One engine's recovery. `handle` is the only way in; everything readable is plain attributes.
 
     `epoch`, `phase`, `deadline_s` (clock time at which a `Tick` is due, None if nothing is awaited), `layout`,
-    `num_kv_blocks`, `episodes` (the story, oldest first), `log` (every event with its time, for replay),
+    `num_kv_blocks`, `episodes` (the story, oldest first), `num_faults` (recoveries that a fault began; a fault in the
+    middle of one is part of it), `log` (every event with its time, for replay),
     `speeds` (the present ones), `rates` (of links, as measured), `wants_switch` (feed `Switch` as soon as no step is
     in flight).
     """
@@ -151,6 +155,7 @@ class Coordinator:
         self.speeds = dict(config.speeds or {})
         self.rates = Rates(measured={})
         self.episodes: list[Episode] = []
+        self.num_faults = 0
         self.log: list[tuple[float, Event]] = []
         self._episode: Episode | None = None  # of the latest recovery; a change has its own
         self._devices: dict[str, Device] = {}
@@ -1071,6 +1076,7 @@ class Coordinator:
 
     def _begin_episode_if_serving(self, cause: str) -> None:
         if self._recovery.ended_s is not None and self.phase != REFUSING:
+            self.num_faults += 1
             self._begin_episode(cause)
             self._recovery.phases.append(("detected", self._now))
 

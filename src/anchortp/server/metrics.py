@@ -22,7 +22,8 @@ class EngineCollector(Collector):
     """`engine.status()` as gauges.
 
     - `state` becomes `anchortp_state{state=...}`, 1 for the present one;
-    - a number `x` becomes `anchortp_x`; a time `x_s` becomes `anchortp_x_seconds`;
+    - a number `x` becomes `anchortp_x`; a time `x_s` becomes `anchortp_x_seconds`, a rate `x_per_s` keeps its
+      name;
     - a mapping `xs` of name to numbers, or to a mapping of numbers, gets a label:
       `{"devices": {"cpu:0": {"used_bytes": 7}}}` becomes `anchortp_devices_used_bytes{name="cpu:0"} 7`;
     - anything else (text, lists such as `faults`) is for /status and /faults.
@@ -63,7 +64,7 @@ def _add_samples(families: dict[str, GaugeMetricFamily], key: str, value: Any) -
 
 
 def _family(families: dict[str, GaugeMetricFamily], key: str, *, labels: tuple[str, ...]) -> GaugeMetricFamily:
-    name = "anchortp_" + re.sub(r"[^a-zA-Z0-9_]", "_", re.sub(r"_s$", "_seconds", key))
+    name = "anchortp_" + re.sub(r"[^a-zA-Z0-9_]", "_", re.sub(r"(?<!_per)_s$", "_seconds", key))
     if name not in families:
         families[name] = GaugeMetricFamily(name, f"'{key}' of the engine's status.", labels=labels)
     return families[name]
