@@ -346,6 +346,18 @@ def test_answers_of_an_old_epoch_are_dropped():
     assert world.coordinator.phase == SERVING and not world.commands
 
 
+def test_memory_that_is_not_there_when_the_group_forms_is_refused_with_the_reason():
+    """A GPU may have less than its budget says: others use it too."""
+    world = serving()
+    world.lose("cpu:1")
+    while world.coordinator.phase != FORMING:
+        world.answer_one()
+    (form,) = of_kind(world.commands, ev.Form)
+    world.give(ev.Reserved(epoch=form.epoch, ticket=form.ticket, refused="2 more blocks do not fit"))
+    assert world.coordinator.phase == REFUSING
+    assert "2 more blocks" in world.coordinator.episodes[-1].outcome
+
+
 def test_too_little_memory_shrinks_the_kv_cache_first_and_then_refuses():
     units = model_units(make_config(kv_heads=3, group=3, hidden=2048))  # so wide that page rounding is small
     addresses = WeightAddresses(units=units)

@@ -11,7 +11,17 @@ import pytest
 from anchortp.arena import PAGE_BYTES, IntervalSet
 from anchortp.config import EngineConfig, parse_model_config
 from anchortp.engine.plane import KV_ARENA, WEIGHTS_ARENA, StatePlane
-from anchortp.layout import EXPERT, KV, KVAddresses, Layout, WeightAddresses, empty_shard, initial_layout, model_units
+from anchortp.layout import (
+    EXPERT,
+    KV,
+    KVAddresses,
+    Layout,
+    WeightAddresses,
+    empty_shard,
+    initial_layout,
+    model_units,
+    shard_from_dict,
+)
 from anchortp.recovery.devices import Device, fitting_kv_blocks
 from anchortp.recovery.events import Reserve
 from anchortp.state.memory import DeviceMemory
@@ -64,7 +74,11 @@ class _Client:
         return SimpleNamespace(arenas=self.memory.infos())
 
     def put_manifest(self, manifest, epoch):
-        pass
+        self.manifest = manifest
+        self.named = Layout(shards=(shard_from_dict(DEVICE, manifest.shards),))
+
+    def get_manifest(self):
+        return self.manifest
 
 
 def _plane(client: _Client) -> StatePlane:
@@ -83,6 +97,13 @@ def _plane(client: _Client) -> StatePlane:
     )
     plane._clients[DEVICE] = client
     return plane
+
+
+def _check_manifest(client: _Client) -> None:
+    """At any moment the engine may be killed, and the next one believe that what is named is there."""
+    named, accounted = _used(client.named, 0), _accounted(client)
+    if any(client.named.shards[0].slots):
+        assert not named[WEIGHTS_ARENA] - accounted[WEIGHTS_ARENA], "named, and given back"
 
 
 def _random_layout(draw: random.Random) -> Layout:
@@ -128,11 +149,16 @@ def test_memory_that_is_given_up_is_there_for_the_kv_cache(seed):
         blocks = _fitting(staged, client.memory.budget_bytes)
         order = Reserve(epoch=epoch, ticket=epoch, staged=staged, num_kv_blocks=blocks, fresh=fresh)
         assert plane.reserve(order) == ""
+        _check_manifest(client)
         assert _accounted(client) == _used(staged, blocks)
         blocks = _fitting(target, client.memory.budget_bytes)
         assert plane.settle(target, blocks, epoch)
+        _check_manifest(client)
         assert _accounted(client) == _used(target, blocks)
         client.memory.validate()
+        if draw.random() < 0.7:  # else a fault comes before everything is loaded
+            plane.put_manifests(target, blocks, epoch)
+            assert client.named == target
         fresh = ()
 
 
@@ -145,6 +171,26 @@ def test_a_change_behind_the_steps_gives_nothing_back():
     assert _accounted(client) == _used(large, 9)
     assert plane.settle(small, 9, 2)
     assert _accounted(client) == _used(small, 9)
+
+
+def test_slots_that_are_named_stay_named_while_they_stay():
+    client = _Client(1 << 24)
+    plane = _plane(client)
+    assert plane.reserve(Reserve(epoch=1, ticket=1, staged=_layout(2), num_kv_blocks=9, fresh=(DEVICE,))) == ""
+    plane.put_manifests(_layout(2), 9, 1)
+    assert plane.reserve(Reserve(epoch=2, ticket=2, staged=_layout(4), num_kv_blocks=9, fresh=())) == ""
+    assert plane.settle(_layout(4), 9, 2) and client.named == _layout(2)
+    assert plane.settle(_layout(1), 9, 3) and not any(client.named.shards[0].slots)
+
+
+def test_a_manifest_that_names_memory_which_is_not_there_is_not_believed():
+    client = _Client(1 << 24)
+    plane, later = _plane(client), _plane(client)
+    assert plane.reserve(Reserve(epoch=1, ticket=1, staged=_layout(3), num_kv_blocks=9, fresh=(DEVICE,))) == ""
+    plane.put_manifests(_layout(3), 9, 1)
+    assert later._held(DEVICE, client) == _layout(3).shards[0]
+    client.decommit(WEIGHTS_ARENA, list(_used(_layout(3), 9)[WEIGHTS_ARENA])[-1:], 1)
+    assert later._held(DEVICE, client) is None
 
 
 def test_a_reservation_above_the_budget_is_refused_with_the_numbers_and_can_be_made_smaller():

@@ -35,6 +35,7 @@ from anchortp.engine.pool import WorkerPool, WorkerProcess
 from anchortp.engine.scheduler import Batch, Scheduler
 from anchortp.errors import (
     AnchorTPError,
+    BudgetExceeded,
     ConfigError,
     EngineFull,
     EngineStopped,
@@ -416,6 +417,7 @@ class ElasticEngine:
         if self._keeper is not None:
             self._keeper.close()
         if hasattr(self, "_plane"):
+            self._write_record()
             self._plane.close(stop_anchors=not self._keep_anchors)
         if self._region is not None:
             self._region.close()
@@ -641,7 +643,11 @@ class ElasticEngine:
         self._send(command.device, order)
 
     def _form(self, command: ev.Form) -> None:
-        if not self._plane.settle(command.layout, command.num_kv_blocks, command.epoch):
+        try:
+            if not self._plane.settle(command.layout, command.num_kv_blocks, command.epoch):
+                return
+        except BudgetExceeded as error:
+            self._handle(ev.Reserved(epoch=command.epoch, ticket=command.ticket, refused=str(error)))
             return
         if self._region is not None:
             self._region.close()

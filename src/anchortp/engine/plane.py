@@ -57,9 +57,11 @@ AHEAD_BYTES = 1 << 20  # committed ahead at a time: less than a millisecond
 class _Committed:
     """What an anchor has committed: for which slots, by family; which pages, by arena; and which of the weights' pages
     were committed ahead of need. `dropped`: those that were given back while the worker may still have been mapping
-    them, which takes them again. They are given back once more when it is known to be through."""
+    them, which takes them again. They are given back once more when it is known to be through. `named`: the slots that
+    the manifest says are full."""
 
     slots: Counter[str] = field(default_factory=Counter)
+    named: Counter[str] = field(default_factory=Counter)
     pages: dict[str, IntervalSet] = field(
         default_factory=lambda: {WEIGHTS_ARENA: IntervalSet(), KV_ARENA: IntervalSet()}
     )
@@ -168,10 +170,14 @@ class StatePlane:
         shard = shard_from_dict(device, manifest.shards)
         if not any(shard.slots):
             return None
-        self._manifests[device] = manifest
         found = {arena.name: IntervalSet(arena.ranges) for arena in client.status().arenas}
         pages = {name: found.get(name, IntervalSet()) for name in (WEIGHTS_ARENA, KV_ARENA)}
-        self._committed[device] = _Committed(slots=_counts(shard), pages=pages)
+        slots = _counts(shard)
+        if self._weight_pages(slots) - pages[WEIGHTS_ARENA]:
+            log.warning("%s: its manifest names memory that it does not have; it is loaded anew", device)
+            return None
+        self._manifests[device] = manifest
+        self._committed[device] = _Committed(slots=slots, pages=pages, named=slots.copy())
         return shard
 
     def found_kv(self) -> tuple[int, set[int]]:
@@ -414,6 +420,8 @@ class StatePlane:
         A page belongs to two slots where these do not end on its edge, and is given back with the last of them.
         """
         client, held = self._client(device), self._committed[device]
+        if held.named - slots:  # an engine that begins in between must not take empty memory for weights
+            self._name(client, empty_shard(device), 0, epoch)
         want = self._pages_of(slots, num_kv_blocks)
         held.ahead -= want[WEIGHTS_ARENA]
         self._give_back(client, held, want, epoch)
@@ -491,7 +499,19 @@ class StatePlane:
             self.put_manifest(shard, num_kv_blocks, epoch)
 
     def put_manifest(self, shard: Shard, num_kv_blocks: int, epoch: int) -> None:
+        """The same for one device."""
         client = self._clients.get(shard.device)
+        if client is None:
+            return
+        try:
+            self._name(client, shard, num_kv_blocks, epoch)
+        except ChannelTimeout:
+            self._give_up(shard.device)
+            self._on_gone(shard.device)
+        except ChannelClosed:
+            pass  # its end is read as an event
+
+    def _name(self, client: AnchorClient, shard: Shard, num_kv_blocks: int, epoch: int) -> None:
         manifest = Manifest(
             device=shard.device,
             model=self._fingerprint,
@@ -502,15 +522,9 @@ class StatePlane:
             num_kv_blocks=num_kv_blocks,
             kv_block_size=self._config.kv_block_size,
         )
-        if client is None:
-            return
-        try:
-            client.put_manifest(manifest.seal(), epoch)
-        except ChannelTimeout:
-            self._give_up(shard.device)
-            self._on_gone(shard.device)
-        except ChannelClosed:
-            pass  # its end is read as an event
+        client.put_manifest(manifest.seal(), epoch)
+        if shard.device in self._committed:
+            self._committed[shard.device].named = _counts(shard)
 
     def committed_ranges(self, device: str) -> dict[str, list[tuple[int, int]]]:
         """What is committed in each arena of a device: for the anchor that adopts them. Empty: nothing yet."""

@@ -375,6 +375,8 @@ class Coordinator:
                 self._refuse(event.refused)
             else:
                 self._load()
+        elif self.phase == FORMING and event.refused:
+            self._refuse(event.refused)
         elif self._change is not None and self._change.step == ch.RESERVING:
             if event.refused:
                 self._give_up_change(event.refused)
@@ -803,7 +805,8 @@ class Coordinator:
         if self._staging.gives_up and not self._staging.keeps_room:
             self.num_kv_blocks = max(self.num_kv_blocks, self._fitting_kv_blocks(target))
         self._await(FORMING, list(self.members), self.config.form_timeout_s, self._serve)
-        self._do(Form(epoch=self.epoch, layout=target, num_kv_blocks=self.num_kv_blocks))
+        self._ticket += 1
+        self._do(Form(epoch=self.epoch, ticket=self._ticket, layout=target, num_kv_blocks=self.num_kv_blocks))
 
     def _serve(self) -> None:
         self._enter(SERVING)

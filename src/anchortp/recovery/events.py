@@ -120,7 +120,8 @@ class Attached:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reserved:
-    """Answer to `Reserve`: every destination is committed (`refused` empty), or the first refusal in words."""
+    """Answer to `Reserve`: every destination is committed (`refused` empty), or the first refusal in words. And of
+    `Form`, where a device has less memory than its budget says."""
 
     epoch: int
     ticket: int
@@ -356,6 +357,7 @@ class Form:
     """Give back memory that `layout` does not use and build the group of the epoch. Each member answers `Formed`."""
 
     epoch: int
+    ticket: int
     layout: Layout
     num_kv_blocks: int
 
@@ -363,7 +365,7 @@ class Form:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
     """All of `layout` is in the arenas: say so in their manifests. Not urgent: what an older manifest says is true as
-    well, since slots in use never move (`Arrange` voids the manifests of those that do)."""
+    well, since slots in use never move. (Where they do, by `Arrange`, or are given back, their manifest was voided.)"""
 
     epoch: int
     layout: Layout
