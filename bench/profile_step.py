@@ -48,8 +48,8 @@ PHASES = {  # method of the decoder -> what it is called here
     "attention": "rope, o",
     "_store": "store KV",
     "_gather": "gather KV",
-    "_decode": "attend",
-    "_prefill": "attend",
+    "_attend_together": "attend",
+    "_attend_alone": "attend",
     "mlp": "mlp",
     "logits": "lm_head",
 }
