@@ -19,7 +19,8 @@ from anchortp.engine.faults import FaultProbe, Strike, fired_strikes
 from anchortp.engine.mirror_addresses import MirrorAddresses
 from anchortp.engine.worker import Worker
 from anchortp.errors import ChannelClosed, ChannelTimeout
-from anchortp.layout import KV, KVAddresses, empty_shard
+from anchortp.layout import KV, KVAddresses, WeightAddresses, empty_shard, model_units
+from anchortp.transfer.work import Geometry
 from tests.tiny_model import write_model
 
 
@@ -124,6 +125,25 @@ def test_pages_of_the_blocks_that_will_come_are_made_ready_and_no_others(tmp_pat
         worker._pages_ahead(after, after, blocks, 2)()
         assert arena.committed_ranges() == list(wanted), "no plane is new"
         assert not torch.frombuffer(arena.map(), dtype=torch.uint8).any()
+
+
+def test_a_load_tells_the_worker_what_it_meets(monkeypatch, tmp_path):
+    """A device that fails in the load's threads would otherwise be a load that failed, which ends the service."""
+    hooks = []
+
+    def load(geometry, chunks, destination, given, **options):
+        hooks.append(given)
+        return SimpleNamespace(start=lambda: None)
+
+    monkeypatch.setattr(worker_module, "Load", load)
+    addresses = WeightAddresses(units=model_units(load_model_config(write_model(tmp_path / "model"))))
+    with MemfdArena.create("weights", addresses.reserved_bytes) as arena:
+        worker, _ = worker_of(Anchor())
+        worker._assignment.geometry = Geometry(addresses)
+        worker._refreshed.add("weights")
+        worker._arenas["weights"] = (arena, torch.frombuffer(arena.map(), dtype=torch.uint8))
+        worker._start_load(m.LoadUnits(epoch=-1, before={}, after={KV: [0]}, fresh=False))
+    assert [given.on_error for given in hooks] == [worker._load_met]
 
 
 def test_a_save_is_answered_when_its_copies_are_made(monkeypatch):
