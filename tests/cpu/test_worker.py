@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from anchortp.arena import IntervalSet, MemfdArena, PinnedMapping, round_down, round_up
+from anchortp.arena import (
+    ChunkPool,
+    IntervalSet,
+    MemfdArena,
+    PinnedMapping,
+    VmmArena,
+    VmmMapping,
+    round_down,
+    round_up,
+)
 from anchortp.arena.sim import SimVmm
 from anchortp.config import load_model_config
 from anchortp.devices import parse_device
@@ -236,6 +247,62 @@ def test_a_step_whose_weights_are_on_their_way_is_computed_without_graphs(monkey
     assert worker._forward(["one"], "gate") == ("plain", ("one", "on device"), "gate")
     worker._graphs = None
     assert worker._forward(["one"], None) == ("plain", ("one", "on device"), None)
+
+
+class _WatchfulVmm(SimVmm):
+    """Waiting for the device, as a mapping does that goes, would void a capture: nobody may be in one."""
+
+    alone: threading.Lock
+    num_waits = 0
+
+    def synchronize(self):
+        assert self.alone.locked()
+        self.num_waits += 1
+
+
+def test_the_mapping_of_a_source_goes_as_it_is_closed_and_not_during_a_capture(monkeypatch):
+    """A load closes its sources on a thread of its own, while steps are captured."""
+    driver = _WatchfulVmm()
+    page = driver.granule_bytes
+    pool = ChunkPool(driver)
+    arena = VmmArena(name="weights", reserved_bytes=4 * page, pool=pool)
+    arena.commit([(0, 2 * page)])
+    mapping = VmmMapping(name="weights", reserved_bytes=4 * page, open_driver=lambda: driver)
+    chunks = arena.newer(0, 9)
+    mapping.attach(chunks, [arena.export(offset) for offset, _ in chunks])
+    seen = weakref.ref(mapping)
+    opened = [mapping]
+    del mapping
+    client = SimpleNamespace(
+        open_arena=lambda name, epoch: opened.pop(), refresh=lambda *_: None, is_gone=lambda: False, close=lambda: None
+    )
+    monkeypatch.setattr(worker_module.AnchorClient, "connect", lambda *_, **__: client)
+    worker, _ = worker_of(Anchor())
+    accelerator = Accelerator(torch_device=None, open_driver=lambda: driver)
+    worker._assignment.accelerator, driver.alone = accelerator, accelerator.alone
+    worker._assignment.order = SimpleNamespace(runtime_dir="/nowhere")
+    source = worker._source("sim:0/1")
+    assert seen() is not None and driver.num_waits == 0
+
+    accelerator.alone.acquire()  # a capture
+    closing = threading.Thread(target=source.close)
+    closing.start()
+    assert seen() is not None and driver.num_waits == 0
+    accelerator.alone.release()
+    closing.join(20.0)
+    assert not closing.is_alive()
+    assert seen() is None and driver.num_waits == 1
+    arena.close()
+    pool.close()
+
+
+def test_a_worker_that_forgets_its_arenas_frees_what_was_captured_over_them():
+    closed = []
+    worker, _ = worker_of(Anchor())
+    worker._graphs = SimpleNamespace(close=lambda: closed.append(True))
+    worker._forget_arenas()
+    assert closed == [True] and worker._graphs is None
+    worker._forget_arenas()
 
 
 def test_who_captures_steps():

@@ -451,8 +451,12 @@ class Worker:
             client.close()
             raise
 
+        held = [arena]
+
         def close() -> None:
-            arena.close()
+            # The mapping goes here, if it is one: nobody has its tensor any more. That waits for the device.
+            with a.accelerator.alone:
+                held.pop().close()
             client.close()
 
         buffer = None if isinstance(arena, MemfdArena) else tensor_of(arena)
@@ -720,6 +724,8 @@ class Worker:
     def _forget_arenas(self) -> None:
         """The anchor has made new ones, as it does in every attempt to fill a device that holds nothing yet: what is
         mapped here is not the device's memory any more, and what is written there would go with this process."""
+        if self._graphs is not None:
+            self._graphs.close()
         self._decoder = self._graphs = None
         for arena, _ in self._arenas.values():
             arena.close()
