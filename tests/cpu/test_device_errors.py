@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+from types import SimpleNamespace
+from typing import NoReturn
+
 import pytest
 import torch
 
 from anchortp.arena.vmm import DriverError
+from anchortp.engine import messages as m
 from anchortp.engine.device_errors import CRASHED, LOST, LOST_AT_ATTACH, verdict_of
 from anchortp.engine.worker import Worker
-from anchortp.errors import ChannelTimeout, ConfigError
+from anchortp.errors import ChannelClosed, ChannelTimeout, ConfigError, StateError
 
 
 def torch_error(code: int) -> torch.AcceleratorError:
@@ -69,3 +74,54 @@ def test_a_worker_tells_the_anchor_of_a_lost_device_and_of_nothing_else(error):
 
 def test_before_it_has_an_anchor_a_worker_has_nobody_to_tell():
     assert "no device" in Worker(channel=None).explain(torch_error(100))
+
+
+class Exit(BaseException):
+    """Instead of the end of this process."""
+
+
+@pytest.fixture
+def loading(monkeypatch) -> tuple[Worker, list[m.WorkerFailed]]:
+    """A worker that has a load, and what it sends."""
+
+    def leave(status: int) -> NoReturn:
+        raise Exit(status)
+
+    monkeypatch.setattr(os, "_exit", leave)
+    sent: list[m.WorkerFailed] = []
+    worker = Worker(channel=SimpleNamespace(send=sent.append))
+    worker._anchor, worker._epoch, worker._assignment = Anchor(), 7, object()
+    return worker, sent
+
+
+def test_a_device_that_fails_in_a_load_ends_the_worker_as_in_a_step(loading):
+    worker, sent = loading
+    with pytest.raises(Exit, match="1"):
+        worker._load_met(torch_error(214))
+    assert worker._anchor.reported == [("uncorrectable ECC error (CUDA error 214)", 7)]
+    assert ["lost: uncorrectable ECC error" in message.reason for message in sent] == [True]
+
+
+def test_a_context_that_broke_in_a_load_ends_the_worker_alone(loading):
+    worker, sent = loading
+    with pytest.raises(Exit):
+        worker._load_met(DriverError("cuMemMap failed", error_code=700))
+    assert worker._anchor.reported == [] and "crashed: illegal address" in sent[0].reason
+
+
+def test_who_cannot_say_why_it_ends_ends_all_the_same(loading):
+    worker, _ = loading
+
+    def send(message: object) -> NoReturn:
+        raise ChannelClosed("the controller is gone")
+
+    worker._channel = SimpleNamespace(send=send)
+    with pytest.raises(Exit):
+        worker._load_met(torch_error(214))
+
+
+@pytest.mark.parametrize("error", [OSError("the disk"), StateError("a peer went away"), torch_error(2)])
+def test_what_is_no_statement_about_the_device_is_the_loads_to_deal_with(loading, error):
+    worker, sent = loading
+    worker._load_met(error)
+    assert sent == [] and worker._anchor.reported == []

@@ -6,11 +6,16 @@ decides, and every address, is thereby frozen as in a graph; what a step reads t
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import itertools
 import random
+import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -141,6 +146,22 @@ class Graphed:
                 self.group.groups[rank].abort()
                 raise
         return self._plain(rank, batch)
+
+
+def refuse(work: Callable[[], None]) -> NoReturn:
+    """As a capture that fails on its way."""
+    work()
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+@contextlib.contextmanager
+def collecting_nothing() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def prefill_all(group: TPGroup, sequences, tables) -> None:
@@ -279,17 +300,116 @@ def test_a_device_that_cannot_capture_decodes_without(folders, caplog) -> None:
     with load_group(folders["llama"], 1) as group:
         graphed = Graphed(group)
 
-        def refuse(work):
-            work()
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-        graphed.graphs[0]._capture = refuse
+        graphs, graphed.graphs[0]._capture = graphed.graphs[0], refuse
         group.kv["cpu:0"] = nan_buffer(group.kv_addresses.reserved_bytes)
         sequences, tables = begin(group, (5, 6), rng)
         graphed.captures_per_step = 0
-        decode(folders["llama"], group, sequences, tables, 1, rng)
-        assert graphed.graphs[0].capture_next() is False and "without them" in caplog.text
-        assert not graphed.graphs[0].takes(graphed.entries)
+        for _ in range(graphs_module.MAX_FAILURES):
+            assert graphs.takes([Entry(token_ids=(1,), start=5, block_ids=tables[0])])
+            decode(folders["llama"], group, sequences, tables, 1, rng)
+            assert not graphs.capture_next() and not graphs._buckets, "what is left of it is not used"
+        assert "without them" in caplog.text
+        assert not graphs.takes(graphed.entries)
+
+
+def test_a_capture_that_something_else_broke_is_tried_again(folders, caplog) -> None:
+    """Over and over, if a bucket is completed in between; the steps are right all the while."""
+    rng = random.Random(10)
+    with load_group(folders["llama"], 1) as group:
+        graphed = Graphed(group, captures_per_step=0)
+        (graphs,), (tape,) = graphed.graphs, graphed.tapes
+        sequences, tables = begin(group, (5, 6), rng)
+        for _ in range(2 * graphs_module.MAX_FAILURES):
+            decode(folders["llama"], group, sequences, tables, 1, rng)
+            assert graphs.capture_next()
+            graphs._capture = refuse
+            assert not graphs.capture_next()
+            graphs._capture = tape
+            decode(folders["llama"], group, sequences, tables, 1, rng)
+            while graphs.capture_next():
+                pass
+            graphs.close()
+        assert "tried again" in caplog.text and "without them" not in caplog.text
+
+
+@pytest.mark.parametrize("give_up", ["rebind", "evict", "close"])
+def test_what_is_dropped_is_freed_at_once(folders, monkeypatch, give_up: str) -> None:
+    """It holds memory that is in no budget, and the mapping of arenas: that must not wait for the collector."""
+    monkeypatch.setattr(graphs_module, "MAX_BUCKETS", 1)
+    rng = random.Random(11)
+    with load_group(folders["llama"], 1) as group, collecting_nothing():
+        # As on a simulated device: what is replayed is the bucket's own method.
+        graphs = DecodeGraphs(group.decoders[0], lambda work: work)
+        sequences, tables = begin(group, (5, 6), rng)
+        step = [Entry(token_ids=(1,), start=len(s), block_ids=t) for s, t in zip(sequences, tables, strict=True)]
+        graphs.forward(ForwardBatch.build(step[:1], group.block_size), group.groups[0])
+        while graphs.capture_next():
+            pass
+        bucket = weakref.ref(graphs._bucket((1, 8)))
+        if give_up == "rebind":
+            group.decoders[0].bound_to = object()
+            assert not graphs.capture_next()
+        elif give_up == "evict":
+            graphs.forward(ForwardBatch.build(step, group.block_size), group.groups[0])
+        else:
+            graphs.close()
+        assert bucket() is None
+
+
+class FakeAllocator:
+    """Of torch's rules for the pools of graphs those that a process can break by letting graphs go, or by a capture
+    that fails; without a GPU. `alone`: as `CudaGraphs` is given it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.alone, self.is_broken, self.num_captures = threading.Lock(), False, 0
+        self.living: dict[int, list[weakref.ref]] = {}  # graphs by pool
+        self.open: set[int] = set()  # pools with a capture under way
+        allocator = self
+
+        class Graph:
+            def __init__(self):
+                self.pool = 0
+
+            def capture_begin(self, pool: int, capture_error_mode: str) -> None:
+                assert allocator.alone.locked() and not gc.isenabled()
+                known = allocator.living.setdefault(pool, [])
+                if pool in allocator.open or (known and not any(ref() for ref in known)):
+                    raise RuntimeError(f"pool {pool} cannot be used")
+                known.append(weakref.ref(self))
+                allocator.open.add(pool)
+                self.pool = pool
+
+            def capture_end(self) -> None:
+                if allocator.is_broken:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                allocator.open.remove(self.pool)
+                allocator.num_captures += 1
+
+            def replay(self) -> None:
+                pass
+
+        handles = itertools.count(1)
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: "stream")
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+
+def test_captures_go_on_when_every_graph_was_dropped_and_when_one_failed(monkeypatch) -> None:
+    allocator = FakeAllocator(monkeypatch)
+    capture = graphs_module.CudaGraphs(torch.device("cpu"), allocator.alone)
+    replays = [capture(lambda: None), capture(lambda: None)]
+    assert len(allocator.living) == 1, "one pool for all"
+    replays.clear()
+    replays.append(capture(lambda: None))
+    assert len(allocator.living) == 1
+    allocator.is_broken = True
+    with pytest.raises(RuntimeError, match="previous error"):
+        capture(lambda: None)
+    allocator.is_broken = False
+    capture(lambda: None)
+    assert gc.isenabled() and not allocator.alone.locked()
 
 
 def test_what_is_taken(folders, monkeypatch) -> None:

@@ -144,6 +144,25 @@ def test_load_is_reported_once(folders):
     assert not second.any()
 
 
+class _OnDevice(torch.Tensor):
+    """Like a tensor on a GPU: only a copy on the host becomes an array."""
+
+    def cpu(self):
+        return self.as_subclass(torch.Tensor)
+
+    def numpy(self):
+        raise TypeError("can't convert a tensor on a device to numpy")
+
+
+def test_load_is_counted_on_the_device_and_reported_from_the_host(folders):
+    with load_group(folders["mixtral"], 1) as group:
+        moe = group.decoders[0].moe
+        moe.load[0, 1] = 7
+        moe.load = moe.load.as_subclass(_OnDevice)
+        first, second = (torch.frombuffer(bytearray(moe.take_load()), dtype=torch.int32) for _ in range(2))
+    assert first[1] == int(first.sum()) == 7 and not second.any()
+
+
 @pytest.mark.parametrize("num_tokens", [1, 5, 40])
 @pytest.mark.parametrize("num_replicas", [0, 7, 60])
 def test_each_choice_is_computed_by_one_replica(folders, monkeypatch, num_tokens, num_replicas):

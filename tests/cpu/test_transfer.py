@@ -266,6 +266,37 @@ def test_a_source_that_never_returns_ends_the_load_and_is_reported(bench, monkey
     load.cancel()
 
 
+class BrokenDevice(RuntimeError):
+    """As torch raises it."""
+
+    error_code = 214
+
+
+def broken(*_):
+    raise BrokenDevice("CUDA error: uncorrectable ECC error")
+
+
+@pytest.mark.parametrize("where", ["read", "view"])
+def test_an_error_of_the_device_is_told_and_ends_the_load(bench, where):
+    """`view`: the bytes have arrived and are to be summed, where the load has nothing left to wait for."""
+    told: list[Exception] = []
+    load, results = bench.load("cpu:0", whole(bench), hooks={"on_error": told.append})
+    if where == "view":
+        load._destination.view = broken
+    else:
+        opened = load._hooks.open_source
+        bench.sources[HOST] = source = opened(HOST)
+        source.read = broken
+        object.__setattr__(load._hooks, "open_source", lambda name: source)
+    load.start()
+    result = results.get(timeout=20)
+    assert isinstance(result, Failure) and "ECC" in result.reason and result.device == ""
+    assert {type(error) for error in told} == {BrokenDevice}
+    load.cancel()
+    load._queue.validate()
+    assert not load.is_whole
+
+
 # --------------------------------------------------------------------------------- layers, cancelling, pacing
 
 

@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from anchortp.arena import IntervalSet, MemfdArena, PinnedMapping, round_down, round_up
+from anchortp.arena import (
+    ChunkPool,
+    IntervalSet,
+    MemfdArena,
+    PinnedMapping,
+    VmmArena,
+    VmmMapping,
+    round_down,
+    round_up,
+)
 from anchortp.arena.sim import SimVmm
 from anchortp.config import load_model_config
 from anchortp.devices import parse_device
@@ -19,7 +30,8 @@ from anchortp.engine.faults import FaultProbe, Strike, fired_strikes
 from anchortp.engine.mirror_addresses import MirrorAddresses
 from anchortp.engine.worker import Worker
 from anchortp.errors import ChannelClosed, ChannelTimeout
-from anchortp.layout import KV, KVAddresses, empty_shard
+from anchortp.layout import KV, KVAddresses, WeightAddresses, empty_shard, model_units
+from anchortp.transfer.work import Geometry
 from tests.tiny_model import write_model
 
 
@@ -126,6 +138,25 @@ def test_pages_of_the_blocks_that_will_come_are_made_ready_and_no_others(tmp_pat
         assert not torch.frombuffer(arena.map(), dtype=torch.uint8).any()
 
 
+def test_a_load_tells_the_worker_what_it_meets(monkeypatch, tmp_path):
+    """A device that fails in the load's threads would otherwise be a load that failed, which ends the service."""
+    hooks = []
+
+    def load(geometry, chunks, destination, given, **options):
+        hooks.append(given)
+        return SimpleNamespace(start=lambda: None)
+
+    monkeypatch.setattr(worker_module, "Load", load)
+    addresses = WeightAddresses(units=model_units(load_model_config(write_model(tmp_path / "model"))))
+    with MemfdArena.create("weights", addresses.reserved_bytes) as arena:
+        worker, _ = worker_of(Anchor())
+        worker._assignment.geometry = Geometry(addresses)
+        worker._refreshed.add("weights")
+        worker._arenas["weights"] = (arena, torch.frombuffer(arena.map(), dtype=torch.uint8))
+        worker._start_load(m.LoadUnits(epoch=-1, before={}, after={KV: [0]}, fresh=False))
+    assert [given.on_error for given in hooks] == [worker._load_met]
+
+
 def test_a_save_is_answered_when_its_copies_are_made(monkeypatch):
     """On a GPU they are made behind the steps; here two marks say how far it has got."""
     done = {"first": False, "second": False}
@@ -216,6 +247,62 @@ def test_a_step_whose_weights_are_on_their_way_is_computed_without_graphs(monkey
     assert worker._forward(["one"], "gate") == ("plain", ("one", "on device"), "gate")
     worker._graphs = None
     assert worker._forward(["one"], None) == ("plain", ("one", "on device"), None)
+
+
+class _WatchfulVmm(SimVmm):
+    """Waiting for the device, as a mapping does that goes, would void a capture: nobody may be in one."""
+
+    alone: threading.Lock
+    num_waits = 0
+
+    def synchronize(self):
+        assert self.alone.locked()
+        self.num_waits += 1
+
+
+def test_the_mapping_of_a_source_goes_as_it_is_closed_and_not_during_a_capture(monkeypatch):
+    """A load closes its sources on a thread of its own, while steps are captured."""
+    driver = _WatchfulVmm()
+    page = driver.granule_bytes
+    pool = ChunkPool(driver)
+    arena = VmmArena(name="weights", reserved_bytes=4 * page, pool=pool)
+    arena.commit([(0, 2 * page)])
+    mapping = VmmMapping(name="weights", reserved_bytes=4 * page, open_driver=lambda: driver)
+    chunks = arena.newer(0, 9)
+    mapping.attach(chunks, [arena.export(offset) for offset, _ in chunks])
+    seen = weakref.ref(mapping)
+    opened = [mapping]
+    del mapping
+    client = SimpleNamespace(
+        open_arena=lambda name, epoch: opened.pop(), refresh=lambda *_: None, is_gone=lambda: False, close=lambda: None
+    )
+    monkeypatch.setattr(worker_module.AnchorClient, "connect", lambda *_, **__: client)
+    worker, _ = worker_of(Anchor())
+    accelerator = Accelerator(torch_device=None, open_driver=lambda: driver)
+    worker._assignment.accelerator, driver.alone = accelerator, accelerator.alone
+    worker._assignment.order = SimpleNamespace(runtime_dir="/nowhere")
+    source = worker._source("sim:0/1")
+    assert seen() is not None and driver.num_waits == 0
+
+    accelerator.alone.acquire()  # a capture
+    closing = threading.Thread(target=source.close)
+    closing.start()
+    assert seen() is not None and driver.num_waits == 0
+    accelerator.alone.release()
+    closing.join(20.0)
+    assert not closing.is_alive()
+    assert seen() is None and driver.num_waits == 1
+    arena.close()
+    pool.close()
+
+
+def test_a_worker_that_forgets_its_arenas_frees_what_was_captured_over_them():
+    closed = []
+    worker, _ = worker_of(Anchor())
+    worker._graphs = SimpleNamespace(close=lambda: closed.append(True))
+    worker._forget_arenas()
+    assert closed == [True] and worker._graphs is None
+    worker._forget_arenas()
 
 
 def test_who_captures_steps():

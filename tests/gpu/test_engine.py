@@ -13,6 +13,12 @@ def folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("llama") / "model")
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    shape = {"model_type": "mixtral", "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 48}
+    return write_model(tmp_path_factory.mktemp("mixtral") / "model", **shape)
+
+
 @pytest.mark.parametrize("collectives", ["peer", "shm"])
 def test_a_lost_device_and_a_crashed_worker_change_no_token(folder, collectives):
     options = {"kind": "cuda:0/", "collectives": collectives, "device_memory_bytes": 1 << 30}
@@ -28,3 +34,14 @@ def test_a_lost_device_and_a_crashed_worker_change_no_token(folder, collectives)
         for stream in streams:
             stream.check()
         assert driver.wait_recovered(3)[-1]["bytes"]["loaded"] == 0
+
+
+def test_a_mixture_of_experts_loses_a_device(mixture):
+    """Rank 0 also reports how busy its experts were, from its first step on."""
+    options = {"kind": "cuda:0/", "device_memory_bytes": 1 << 30}
+    with running_engine(mixture, 3, min_step_deadline_s=10.0, **options) as driver:
+        streams = driver.speak(3, 60)
+        driver.inject("cuda:0/2", "lost")
+        for stream in streams:
+            stream.check()
+        assert driver.wait_recovered(2)[-1]["devices_lost"] == ["cuda:0/2"]

@@ -7,12 +7,16 @@ import mmap
 import os
 import select
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from anchortp.engine import messages as m
+from anchortp.engine.pool import WorkerPool, WorkerProcess
 from anchortp.state.process import DeathNotice, hold_until_death, how_it_ended, is_dead, open_pidfd
+from anchortp.state.wire import Channel
 
 DEADLINE_S = 20.0
 
@@ -152,3 +156,39 @@ def test_who_was_collected_is_dead_and_has_ended():
         os._exit(0)
     os.waitpid(pid, 0)
     assert is_dead(pid) and how_it_ended(pid) == "ended"
+
+
+@pytest.mark.parametrize("gpus", [(), (0,)])
+def test_a_worker_on_gpus_is_gone_when_its_descriptors_are_and_no_sooner(gpus):
+    """What it has queued there runs until then, so its early notice is no fence."""
+    watched: dict[int, Callable[[], None]] = {}
+    ends: list[tuple[str | None, str]] = []
+    pool = WorkerPool(
+        runtime_dir="/nowhere",
+        num_spares=0,
+        gpus=gpus,
+        watch=watched.__setitem__,
+        unwatch=lambda fd: watched.pop(fd, None),
+        on_message=lambda process, message: None,
+        on_end=lambda process, how: ends.append((process.device, how)),
+    )
+    notice = DeathNotice()
+    pid = forked(notice, wait_for_a_signal)
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    process = WorkerProcess(Channel(ours, m.FromWorker), notice)
+    watched[ours.fileno()] = lambda: None
+    pool._processes.add(process)
+    pool._spare_ready(process, pid)
+    pool.take("cuda:0", lambda spare: setattr(spare, "device", "cuda:0"))
+    early = set(watched) - {process.pidfd, ours.fileno()}
+    assert len(early) == (0 if gpus else 1)
+
+    os.kill(pid, signal.SIGKILL)
+    assert all(map(readable, early))
+    for fd in early:
+        watched[fd]()
+    assert ends == ([] if gpus else [("cuda:0", "killed by SIGKILL")])
+    assert readable(process.pidfd)
+    watched[process.pidfd]()
+    assert ends == [("cuda:0", "killed by SIGKILL")] and watched == {}
+    theirs.close()

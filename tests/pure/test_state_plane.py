@@ -202,8 +202,10 @@ def test_a_reservation_above_the_budget_is_refused_with_the_numbers_and_can_be_m
     assert _accounted(client) == _used(_layout(1), 1)
 
 
-def test_memory_is_made_ready_a_little_at_a_time_and_kept_until_it_is_used(monkeypatch):
-    monkeypatch.setattr("anchortp.engine.plane.AHEAD_BYTES", 2 * PAGE_BYTES)
+@pytest.mark.parametrize("ahead_bytes", [2 * PAGE_BYTES, PAGE_BYTES // 2])
+def test_memory_is_made_ready_a_little_at_a_time_and_kept_until_it_is_used(monkeypatch, ahead_bytes):
+    """Never less than a page, which may be more than is meant to come at a time."""
+    monkeypatch.setattr("anchortp.engine.plane.AHEAD_BYTES", ahead_bytes)
     client, layout, more = _Client(1 << 24), _layout(1), _layout(4)
     plane = _plane(client)
     assert plane.reserve(Reserve(epoch=1, ticket=1, staged=layout, num_kv_blocks=9, fresh=(DEVICE,))) == ""
@@ -211,7 +213,8 @@ def test_memory_is_made_ready_a_little_at_a_time_and_kept_until_it_is_used(monke
     pieces = [done[DEVICE] for done in plane.commit_ahead({DEVICE: _slots(more)}, 1)]
     new = _used(more, 9)[WEIGHTS_ARENA] - before[WEIGHTS_ARENA]
     assert IntervalSet(r for piece in pieces for r in piece) == new and len(pieces) > 1
-    assert max(IntervalSet(piece).total for piece in pieces) <= 2 * PAGE_BYTES
+    assert max(IntervalSet(piece).total for piece in pieces) <= max(ahead_bytes, PAGE_BYTES)
+    assert all(edge % PAGE_BYTES == 0 for piece in pieces for both in piece for edge in both)
     assert _accounted(client) == {WEIGHTS_ARENA: before[WEIGHTS_ARENA] | new, KV_ARENA: before[KV_ARENA]}
     assert _in_memory(client) == taken + new.total  # though nobody has touched it
 

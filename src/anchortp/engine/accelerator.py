@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -23,11 +24,13 @@ from anchortp.model.paged import FlashInfer, open_flashinfer
 class Accelerator:
     """`torch_device` is None for the host's own memory, where tensors are by default.
 
-    `open_driver`: of arenas made of chunks, so that this device can read them; None on plain CPU devices.
+    `open_driver`: of arenas made of chunks, so that this device can read them; None on plain CPU devices. `alone`: held
+    during a capture. A thread takes it before it does what waits for the whole device, which would void the capture.
     """
 
     torch_device: torch.device | None
     open_driver: Callable[[], VmmDriver] | None
+    alone: AbstractContextManager[object] = field(default_factory=threading.Lock)
 
     @classmethod
     def of(cls, device: Device) -> Accelerator:
@@ -64,7 +67,7 @@ class Accelerator:
     def capture(self) -> Capture | None:
         """How decode steps become graphs; None where launches cost nothing. A simulated GPU computes all anew."""
         if self.torch_device is not None:
-            return CudaGraphs(self.torch_device)
+            return CudaGraphs(self.torch_device, self.alone)
         return None if self.open_driver is None else _compute_again
 
     def paged(self, config: ModelConfig, block_size: int) -> FlashInfer:

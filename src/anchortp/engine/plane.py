@@ -50,7 +50,7 @@ WEIGHTS_ARENA, KV_ARENA, SLOTS_ARENA = "weights", "kv", "slots"
 PING_TIMEOUT_S = 5.0
 STOP_TIMEOUT_S = 2.0
 HOST_SLACK_BYTES = 1 << 20
-AHEAD_BYTES = 1 << 20  # committed ahead at a time: less than a millisecond
+AHEAD_BYTES = 1 << 20  # committed ahead at a time, or a page if that is more: less than a millisecond
 
 
 @dataclass(slots=True, eq=False)
@@ -386,7 +386,7 @@ class StatePlane:
             held.ahead -= useless
         held.dropped = IntervalSet()
         # Also what is committed already: a worker that came since has not mapped it.
-        for piece in _pieces(wanted - self._weight_pages(held.slots), AHEAD_BYTES):
+        for piece in _pieces(wanted - self._weight_pages(held.slots), max(AHEAD_BYTES, self._config.page_bytes)):
             client.commit_now(WEIGHTS_ARENA, piece, epoch)
             held.ahead |= IntervalSet(piece)
             held.pages[WEIGHTS_ARENA] |= IntervalSet(piece)

@@ -32,7 +32,7 @@ Watch = Callable[[int, Callable[[], None]], None]
 class WorkerProcess:
     """A forked process: spare while `device` is None.
 
-    `pidfd` is readable once it has ended and holds nothing any more. It `is_dead` before that.
+    `pidfd` is readable once it has ended and holds nothing any more. It `is_dead` before that, but on GPUs.
     """
 
     def __init__(self, channel: Channel, notice: DeathNotice):
@@ -72,8 +72,8 @@ class WorkerPool:
 
     `watch(fd, callback)` and `unwatch(fd)` are the controller's selector; all callbacks run on its thread.
     `on_message(process, message)` gets what workers say, `on_end(process, how)` the end of one that had a
-    device. A zygote that dies is replaced; no worker dies with it. Spares are warm on `gpus`, any of which they may
-    have to take over.
+    device, when nothing of it writes to memory any more. A zygote that dies is replaced; no worker dies with it. Spares
+    are warm on `gpus`, any of which they may have to take over.
     """
 
     def __init__(
@@ -269,8 +269,8 @@ class WorkerPool:
     def _spare_ready(self, process: WorkerProcess, pid: int) -> None:
         process.started(pid)
         self._watch(process.pidfd, lambda: self._ended(process))
-        died = process.notice.watch(pid)
-        self._watch(died, lambda: self._died(process))
+        if not self._gpus:  # a GPU runs what a dead process has queued until its descriptors are closed
+            self._watch(process.notice.watch(pid), lambda: self._died(process))
         if self._wanted:
             self._wanted.pop(next(iter(self._wanted)))(process)
         else:
@@ -278,7 +278,8 @@ class WorkerPool:
 
     def _died(self, process: WorkerProcess) -> None:
         """It computes no more. The kernel may still take its memory down, for which nobody waits."""
-        self._unwatch(process.notice.event_fd)
+        if process.notice.event_fd >= 0:
+            self._unwatch(process.notice.event_fd)
         if process.is_dead:
             return
         process.is_dead = True

@@ -168,6 +168,7 @@ class Worker:
         self._packing = threading.Lock()  # a load's end and a group's begin may both start the packer
         self._rates: dict[str, float] = {}  # bytes per second of links, by the last load that used them
         self._sending = threading.Lock()  # a load's threads speak too
+        self._ending = threading.Lock()  # of the one that ends this process
         self._region: ShmRegion | None = None
         self._group: Group | None = None
         self._decoder: Decoder | None = None
@@ -316,6 +317,7 @@ class Worker:
             on_progress=lambda progress: self._send_progress(order, progress),
             on_end=lambda result: self._load_ended(order, result),
             before_chunk=before_chunk,
+            on_error=self._load_met,
         )
         self._load = Load(
             a.geometry,
@@ -353,6 +355,19 @@ class Worker:
         )
         with contextlib.suppress(WireError):
             self._send(message)
+
+    def _load_met(self, error: Exception) -> None:
+        """[a thread of the load] If the error speaks of the device, this process ends as it does after one in a step:
+        the controller replaces it, or does without the device. Elsewhere the units cannot be loaded for this one."""
+        if verdict_of(error, attaching=False)[0] == "ours":
+            return
+        traceback.print_exception(error)
+        with self._ending:  # the load's other threads meet it too
+            try:
+                with contextlib.suppress(WireError):
+                    self._send(m.WorkerFailed(reason=self.explain(error)))
+            finally:
+                os._exit(1)
 
     def _load_ended(self, order: m.LoadUnits, result: Loaded | Failure) -> None:
         """[a thread of the load]"""
@@ -436,8 +451,12 @@ class Worker:
             client.close()
             raise
 
+        held = [arena]
+
         def close() -> None:
-            arena.close()
+            # The mapping goes here, if it is one: nobody has its tensor any more. That waits for the device.
+            with a.accelerator.alone:
+                held.pop().close()
             client.close()
 
         buffer = None if isinstance(arena, MemfdArena) else tensor_of(arena)
@@ -705,6 +724,8 @@ class Worker:
     def _forget_arenas(self) -> None:
         """The anchor has made new ones, as it does in every attempt to fill a device that holds nothing yet: what is
         mapped here is not the device's memory any more, and what is written there would go with this process."""
+        if self._graphs is not None:
+            self._graphs.close()
         self._decoder = self._graphs = None
         for arena, _ in self._arenas.values():
             arena.close()

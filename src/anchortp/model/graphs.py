@@ -13,6 +13,7 @@ from __future__ import annotations
 import gc
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
@@ -27,34 +28,57 @@ Capture = Callable[[Callable[[], None]], Callable[[], None]]
 MIN_BLOCKS = 8  # of a bucket: fewer are not worth another one
 MAX_TOKENS = 1 << 15  # of a bucket's contexts together: beyond that padding costs more than launches do
 MAX_BUCKETS = 16
+MAX_FAILURES = 3  # of captures, without a bucket that was completed in between: then no more are tried
 
 log = logging.getLogger("anchortp.engine")
 
 
 class CudaGraphs:
     """`Capture` on a GPU. All graphs of one object share a pool of memory: they never run at the same time, and carry
-    nothing from one to another but in tensors that are alive."""
+    nothing from one to another but in tensors that are alive.
 
-    def __init__(self, device: torch.device):
-        self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream(device)
+    `alone` is held during a capture: by it other threads put off what waits for the device.
+    """
+
+    def __init__(self, device: torch.device, alone: AbstractContextManager[object]):
+        self._device, self._alone = device, alone
+        self._begin()
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        gc.disable()  # a mapping that it collects would wait for the device, which voids a capture
         try:
-            with torch.cuda.stream(self._stream):
-                # Loads make pinned buffers and streams on their threads meanwhile; that must not void the capture. Not
-                # `torch.cuda.graph`: it empties torch's cache of memory at every call.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    work()
-                finally:
-                    graph.capture_end()
-        finally:
-            gc.enable()
-        return graph.replay
+            if self._first is None:
+                self._first = self._captured(lambda: self._small.zero_())
+            return self._captured(work).replay
+        except BaseException:
+            self._begin()  # the pool may count as one in which a capture is under way
+            raise
+
+    def _begin(self) -> None:
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self._device)
+        # A pool whose graphs have all gone is refused, so one of them stays.
+        self._first: torch.cuda.CUDAGraph | None = None
+        self._small = torch.zeros(1, device=self._device)
+
+    def _captured(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        with self._alone:
+            torch.cuda.synchronize()
+            gc.disable()  # a mapping that it collects would wait for the device, which voids a capture
+            try:
+                self._capture(graph, work)
+            finally:
+                gc.enable()
+        return graph
+
+    def _capture(self, graph: torch.cuda.CUDAGraph, work: Callable[[], object]) -> None:
+        with torch.cuda.stream(self._stream):
+            # Loads make pinned buffers and streams on their threads meanwhile; that must not void the capture. Not
+            # `torch.cuda.graph`: it empties torch's cache of memory at every call.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                work()
+            finally:
+                graph.capture_end()
 
 
 class DecodeGraphs:
@@ -69,6 +93,13 @@ class DecodeGraphs:
         self._capture: Capture | None = capture
         self._buckets: dict[tuple[int, int], _Bucket] = {}  # by (rows, blocks), least recently used first
         self._bound_to = decoder.bound_to
+        self._num_failures = 0
+
+    def close(self) -> None:
+        """Lets go of all that was captured, and with that of the decoder's memory."""
+        for bucket in self._buckets.values():
+            bucket.close()
+        self._buckets.clear()
 
     def takes(self, entries: Sequence[BatchEntry]) -> bool:
         """Whether these are a step of a dense model in which every sequence has one new token, and few enough keys."""
@@ -96,14 +127,28 @@ class DecodeGraphs:
         self._drop_what_is_bound_elsewhere()
         if self._capture is None or not self._buckets:
             return False
+        size, bucket = next(reversed(self._buckets.items()))
         with torch.inference_mode():
             try:
-                return next(reversed(self._buckets.values())).capture_next(self._capture)
+                captured = bucket.capture_next(self._capture)
+                if captured and bucket.is_captured:
+                    self._num_failures = 0
+                return captured
             except RuntimeError:
-                log.exception("steps cannot be captured as graphs on this device; decoding goes on without them")
-                self._capture = None
-                self._buckets.clear()  # a capture that failed may have left tensors of no memory
-                return False
+                del self._buckets[size]  # a capture that failed may have left tensors of no memory
+                bucket.close()
+                self._capture_failed()
+        return False
+
+    def _capture_failed(self) -> None:
+        """Something else that used the device may have broken one; what breaks them again and again will go on."""
+        self._num_failures += 1
+        if self._num_failures < MAX_FAILURES:
+            log.warning("a step could not be captured as a graph; it is tried again", exc_info=True)
+            return
+        log.exception("steps cannot be captured as graphs on this device; decoding goes on without them")
+        self._capture = None
+        self.close()
 
     def _size(self, num_rows: int, last_position: int) -> tuple[int, int]:
         num_blocks = last_position // self._decoder.kv_cache.block_size + 1
@@ -111,7 +156,7 @@ class DecodeGraphs:
 
     def _drop_what_is_bound_elsewhere(self) -> None:
         if self._bound_to != self._decoder.bound_to:
-            self._buckets.clear()
+            self.close()
             self._bound_to = self._decoder.bound_to
 
     def _bucket(self, size: tuple[int, int]) -> _Bucket:
@@ -120,7 +165,7 @@ class DecodeGraphs:
         if bucket is None:
             bucket = _Bucket(self._decoder, *size)
             if len(self._buckets) == MAX_BUCKETS:
-                del self._buckets[next(iter(self._buckets))]
+                self._buckets.pop(next(iter(self._buckets))).close()
         self._buckets[size] = bucket
         return bucket
 
@@ -146,6 +191,11 @@ class _Bucket:
         self._paged = paged.fixed(num_rows, num_rows * num_blocks) if paged else None
         self._segments = [self._begin, *self._halves()]
         self._replays: list[Callable[[], None]] = []  # of the first segments: what is captured so far
+
+    def close(self) -> None:
+        """Its memory is free when this returns: segments refer to their bucket, so it would wait to be collected."""
+        self._segments.clear()
+        self._replays.clear()
 
     def fill(self, batch: ForwardBatch) -> None:
         """The batch's numbers into the buffers: one copy, whatever the device."""
@@ -179,9 +229,13 @@ class _Bucket:
                 partial.copy_(reduced)
         return self._x[: self._used] + partial
 
+    @property
+    def is_captured(self) -> bool:
+        return len(self._replays) == len(self._segments)
+
     def capture_next(self, capture: Capture) -> bool:
         # In order: what a segment reads of `_begin` must be what a replay of `_begin` writes.
-        if len(self._replays) == len(self._segments):
+        if self.is_captured:
             return False
         self._replays.append(capture(self._segments[len(self._replays)]))
         return True

@@ -52,7 +52,7 @@ class MoE:
 
     def take_load(self) -> bytes:
         """`load` in this machine's byte order; counting begins anew."""
-        taken = self.load.numpy().tobytes()
+        taken = self.load.cpu().numpy().tobytes()
         self.load.zero_()
         return taken
 

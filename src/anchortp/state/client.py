@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
@@ -64,7 +65,7 @@ class AnchorClient:
 
     All methods raise ChannelClosed when the anchor is gone, ChannelTimeout when it does not answer (the
     connection is then closed: a late answer would be taken for the next one's), and the errors of `messages`.
-    For one thread. The lease and nothing else ends with the connection.
+    Requests of several threads go one after the other. The lease and nothing else ends with the connection.
 
     Attributes: `welcome`, the anchor's answer to Hello.
     """
@@ -76,6 +77,7 @@ class AnchorClient:
         self._channel = channel
         self._timeout_s = timeout_s
         self._open_driver = open_driver
+        self._asking = threading.Lock()
         self.welcome = self._ask(Hello(role=role), Welcome)
 
     @classmethod
@@ -270,15 +272,16 @@ class AnchorClient:
 
     def _exchange(self, request: Message, expected: type[Message], fds: Sequence[int], timeout_s: float) -> Received:
         """Sends the request, returns its answer of the expected type, or raises the Failure that it is."""
-        deadline_s = time.monotonic() + timeout_s
-        try:
-            # A peer that is gone may have left an answer behind that says why.
-            with contextlib.suppress(ChannelClosed):
-                self._channel.send(request, fds, timeout_s)
-            received = self._channel.recv(max(0.0, deadline_s - time.monotonic()))
-        except ChannelTimeout:
-            self._channel.close()
-            raise
+        with self._asking:
+            deadline_s = time.monotonic() + timeout_s
+            try:
+                # A peer that is gone may have left an answer behind that says why.
+                with contextlib.suppress(ChannelClosed):
+                    self._channel.send(request, fds, timeout_s)
+                received = self._channel.recv(max(0.0, deadline_s - time.monotonic()))
+            except ChannelTimeout:
+                self._channel.close()
+                raise
         if isinstance(received.message, expected):
             return received
         received.close_fds()

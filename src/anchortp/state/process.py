@@ -2,9 +2,11 @@
 
 A pidfd, unlike a pid, cannot come to mean another process; but it becomes readable only when the kernel has released
 the dead process's memory and descriptors. Measured: 50 ms for each GB that was mapped, 200 where nobody else held it;
-with a GPU's driver it can be seconds. A recovery need not wait for that: before it takes anything down, the kernel
-lets go of the robust futexes of the process's threads and wakes who waits for them, 0.2 ms after the signal. So every
-worker holds a robust mutex as long as it lives (`hold_until_death`), and the controller waits for it (`DeathNotice`).
+with a GPU's driver it can be seconds. Where only threads write to memory, a recovery need not wait for that: before it
+takes anything down, the kernel lets go of the robust futexes of the process's threads and wakes who waits for them,
+0.2 ms after the signal. So every worker holds a robust mutex as long as it lives (`hold_until_death`), and the
+controller waits for it (`DeathNotice`). A GPU goes on with what a dead process has queued there, kernels and copies,
+until the driver has closed the process's descriptors: there the pidfd decides.
 
 Sources: pidfd_open(2), get_robust_list(2), pthread_mutexattr_setrobust(3), proc_pid_stat(5).
 """

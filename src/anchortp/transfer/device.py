@@ -81,7 +81,7 @@ class MappedSource:
         pass
 
     def close(self) -> None:
-        self._buffer = None  # the mapping goes with it
+        self._buffer = None  # before it is said: `on_close` may wait for the mapping to go
         self._on_close()
 
 

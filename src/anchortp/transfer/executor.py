@@ -59,12 +59,15 @@ class _Stop:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hooks:
     """What a load calls, all from its own threads. `open_source` gives the source of a device (or `HOST`), once per
-    load. `before_chunk` may raise or never return: a fault on purpose. `on_end` is not called after a cancel."""
+    load. `before_chunk` may raise or never return: a fault on purpose. `on_error` is told what a chunk met, before the
+    load decides what follows, and need not return: it may be no matter of one chunk. `on_end` is not called after a
+    cancel."""
 
     open_source: Callable[[str], Source]
     on_progress: Callable[[Progress], None] = lambda progress: None
     on_end: Callable[[Loaded | Failure], None] = lambda result: None
     before_chunk: Callable[[], None] = lambda: None
+    on_error: Callable[[Exception], None] = lambda error: None
 
 
 class Load:
@@ -273,6 +276,7 @@ class Load:
             self._hooks.before_chunk()
             self._destination.prepare(chunk.start, chunk.stop)
         except (OSError, AnchorTPError) as error:
+            self._hooks.on_error(error)
             self._failed(flight, str(error), fatal=True)
             return
         try:
@@ -284,9 +288,11 @@ class Load:
         except Stopped:
             self._failed(flight, f"{chunk}: {flight.source or 'the host'} did not answer in time")
         except (OSError, AnchorTPError) as error:
+            self._hooks.on_error(error)
             gone = flight.source != HOST and isinstance(error, StateError | WireError)
             self._failed(flight, f"{chunk}: {error}", gone=gone)
         except Exception as error:  # ours; without this the load would wait for the chunk for ever
+            self._hooks.on_error(error)
             traceback.print_exc()
             self._failed(flight, f"{chunk}: {error!r}", fatal=True)
         else:
@@ -302,6 +308,15 @@ class Load:
 
     def _check(self, flight: Flight, source: Source, digests: Sequence[int] | None) -> None:
         """The bytes have arrived; are they right? `digests`: of the chunk's segments, if they were taken already."""
+        try:
+            self._compare(flight, source, digests)
+        except Exception as error:  # it has landed and is not accepted: the load would wait for it for ever
+            self._hooks.on_error(error)
+            traceback.print_exc()
+            with self._changed:
+                self._give_up(f"{flight.chunk} cannot be checked: {error!r}")
+
+    def _compare(self, flight: Flight, source: Source, digests: Sequence[int] | None) -> None:
         chunk = flight.chunk
         with self._changed:
             del self._stops[flight.key]
