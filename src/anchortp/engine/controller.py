@@ -123,7 +123,8 @@ class ElasticEngine:
         self._events: deque[ev.Event] = deque()
         self._handling = False
         self._suspects: Counter[str] = Counter()
-        self._adopting: dict[str, threading.Thread] = {}
+        self._adopting: dict[str, threading.Thread] = {}  # each starts an anchor
+        self._handing_over: set[str] = set()  # devices whose worker has not answered yet
         self._load_progress: dict[str, tuple[int, int]] = {}
         self._sums: dict[str, str] = {}  # what units must add up to, learned when they were first loaded
         self._record: ev.Record | None = None  # not written yet
@@ -501,6 +502,7 @@ class ElasticEngine:
         device = process.device
         if device is not None and self._workers.get(device) is process:
             del self._workers[device]
+            self._handing_over.discard(device)
             self._handle(ev.WorkerGone(device=device, reason=how))
 
     # ------------------------------------------------------------------------------------------------- recovery
@@ -564,6 +566,7 @@ class ElasticEngine:
                 process = self._workers.pop(device, None)
                 if process is not None:
                     process.kill()
+                self._handing_over.discard(device)
                 self._processes.forget(device)
                 self._plane.drop(device)
             case ev.Resume():
@@ -795,7 +798,7 @@ class ElasticEngine:
 
     def _adopt(self, device: str) -> None:
         """Starting an anchor takes longer than a step, so that happens on a thread; serving goes on."""
-        if device in self._adopting:
+        if device in self._adopting or device in self._handing_over:
             return
         worker = self._workers.get(device)
 
@@ -812,6 +815,7 @@ class ElasticEngine:
         self._adopting[device].start()
 
     def _hand_over(self, device: str) -> None:
+        self._adopting.pop(device, None)  # the thread's last words
         if device not in self._workers or device not in self.recovery.members:
             self._handed_over(device, False, "its worker is gone too")
             if device not in self.recovery.members and not self._stopping.is_set():
@@ -823,13 +827,16 @@ class ElasticEngine:
         except AnchorTPError as error:
             self._handed_over(device, False, str(error))
             return
+        self._handing_over.add(device)
         self._send(device, m.HandOver(epoch=epoch, ranges=self._plane.committed_ranges(device)))
 
     def _handed_over(self, device: str, ok: bool, reason: str) -> None:
         self._adopting.pop(device, None)
+        self._handing_over.discard(device)
         if self._stopping.is_set():
             return
         if ok:
+            self._ahead = None  # it went on without this device
             shard = self.recovery.layout[device]
             self._plane.put_manifest(shard, self.recovery.num_kv_blocks, self.recovery.epoch)
         self._handle(ev.Adopted(device=device, ok=ok, reason=reason))
