@@ -26,6 +26,8 @@ from anchortp.state.wire import Channel
 # once took 1.6 times as long as those that spin, and with this they are as fast.
 SPIN_COUNT = "10000"
 
+MAX_STILLBORN = 3  # spares in a row that died before they were ready; then no more are forked until somebody asks
+
 Watch = Callable[[int, Callable[[], None]], None]
 
 
@@ -99,6 +101,7 @@ class WorkerPool:
         self._processes: set[WorkerProcess] = set()
         self._spares: deque[WorkerProcess] = deque()
         self._wanted: dict[str, Callable[[WorkerProcess], None]] = {}  # by device, in the order of asking
+        self._num_stillborn = 0  # in a row
         self._stopping = False
 
     def start(self) -> None:
@@ -225,8 +228,22 @@ class WorkerPool:
         if not self._zygote_ready or self._stopping:
             return
         coming = sum(1 for p in self._processes if p.device is None and not p.is_dead)
+        self._collect_stillborn()
         for _ in range(self._num_spares + len(self._wanted) - coming):
             self._fork()
+
+    def _collect_stillborn(self) -> None:
+        """Forks that ended before they told their pid: no pidfd tells of them. Where one may yet tell it nobody is
+        collected, and none of whom the pid is known: how it ended is read before that."""
+        if self._num_stillborn == 0 or any(process.pid == 0 for process in self._processes):
+            return
+        assert self._zygote is not None
+        known = {self._zygote.pid, *(process.pid for process in self._processes)}
+        with contextlib.suppress(ChildProcessError):
+            while ended := os.waitid(os.P_PGID, self._zygote.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if ended.si_pid in known:
+                    return
+                os.waitpid(ended.si_pid, 0)
 
     def _fork(self) -> None:
         assert self._zygote_channel is not None
@@ -251,7 +268,10 @@ class WorkerPool:
             self._unwatch(process.channel.fileno())
             if process.pid == 0:
                 self._forget(process)
-                self._fork_missing()
+                self._num_stillborn += 1
+                # What killed it may well kill the next, and the next: that would go on as fast as this machine forks.
+                if self._num_stillborn < MAX_STILLBORN:
+                    self._fork_missing()
             return  # its end comes through the pidfd, with its status
         except WireError as error:
             process.last_words = str(error)
@@ -267,6 +287,7 @@ class WorkerPool:
                 self._on_message(process, received.message)
 
     def _spare_ready(self, process: WorkerProcess, pid: int) -> None:
+        self._num_stillborn = 0
         process.started(pid)
         self._watch(process.pidfd, lambda: self._ended(process))
         died = process.notice.watch(pid)
