@@ -300,7 +300,7 @@ class ElasticEngine:
         self._counters["computed_tokens"] += batch.num_tokens
         for seq in batch.seqs:
             self._suspects.pop(seq.request_id, None)
-        if self.pool_needs_spares:
+        if self._processes.num_spares_ready < self.config.num_spares:
             self._processes.replenish()
         return answer
 
@@ -650,7 +650,7 @@ class ElasticEngine:
             self._region.close()
         self._remove_stores()
         self._ranks = command.layout.devices
-        self._region = ShmRegion.create(command.epoch, len(self._ranks), self._slot_bytes())
+        self._region = ShmRegion.create(command.epoch, len(self._ranks), self.config.slot_bytes)
         shards = [(shard.device, shard.as_dict()) for shard in command.layout.shards]
         parts = self._balancer.parts(command.layout) if self._balancer is not None else {}
         for device in self._ranks:
@@ -662,9 +662,6 @@ class ElasticEngine:
         for kind in ("gloo", "nccl"):
             for store in Path(self.config.runtime_dir).glob(f"{kind}-*"):
                 store.unlink(missing_ok=True)
-
-    def _slot_bytes(self) -> int:
-        return self.config.slot_bytes
 
     def _write_record(self) -> None:
         """Manifests wait until nobody waits for the recovery any more: what they say is true in the meantime."""
@@ -849,10 +846,6 @@ class ElasticEngine:
                 process.channel.post(message, fds)
 
     # ---------------------------------------------------------------------------------------------- reporting
-
-    @property
-    def pool_needs_spares(self) -> bool:
-        return self._processes.num_spares_ready < self.config.num_spares
 
     def _tell_story(self) -> None:
         """New lines of the story go to the log as they come."""

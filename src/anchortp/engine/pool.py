@@ -119,15 +119,20 @@ class WorkerPool:
             use(self._spares.popleft())
             return
         self._wanted[device] = use
-        self._fork_missing()
+        self.replenish()
 
     def forget(self, device: str) -> None:
         """The device needs no process any more."""
         self._wanted.pop(device, None)
 
     def replenish(self) -> None:
-        """Forks spares up to the wanted number. Called when there is time for it, not during a recovery."""
-        self._fork_missing()
+        """Forks spares up to the wanted number, and one for each device that waits."""
+        if not self._zygote_ready or self._stopping:
+            return
+        coming = sum(1 for p in self._processes if p.device is None and not p.is_dead)
+        self._collect_stillborn()
+        for _ in range(self._num_spares + len(self._wanted) - coming):
+            self._fork()
 
     @property
     def num_spares_ready(self) -> int:
@@ -207,7 +212,7 @@ class WorkerPool:
             return
         if ready:
             self._zygote_ready = True
-            self._fork_missing()
+            self.replenish()
 
     def _replace_zygote(self) -> None:
         self._drop_zygote_channel()
@@ -223,14 +228,6 @@ class WorkerPool:
             self._unwatch(self._zygote_channel.fileno())
             self._zygote_channel.close()
             self._zygote_channel = None
-
-    def _fork_missing(self) -> None:
-        if not self._zygote_ready or self._stopping:
-            return
-        coming = sum(1 for p in self._processes if p.device is None and not p.is_dead)
-        self._collect_stillborn()
-        for _ in range(self._num_spares + len(self._wanted) - coming):
-            self._fork()
 
     def _collect_stillborn(self) -> None:
         """Forks that ended before they told their pid: no pidfd tells of them. Where one may yet tell it nobody is
@@ -271,7 +268,7 @@ class WorkerPool:
                 self._num_stillborn += 1
                 # What killed it may well kill the next, and the next: that would go on as fast as this machine forks.
                 if self._num_stillborn < MAX_STILLBORN:
-                    self._fork_missing()
+                    self.replenish()
             return  # its end comes through the pidfd, with its status
         except WireError as error:
             process.last_words = str(error)
@@ -311,7 +308,7 @@ class WorkerPool:
             self._spares.remove(process)
         if process.device is not None:
             self._on_end(process, process.how_it_ended())
-        self._fork_missing()
+        self.replenish()
 
     def _ended(self, process: WorkerProcess) -> None:
         self._died(process)  # unless that was heard before
