@@ -35,12 +35,12 @@ from anchortp.errors import (
     in_words,
 )
 from anchortp.state import process
-from anchortp.state.anchor import MAX_CLIENTS
+from anchortp.state.anchor import MAX_CLIENTS, Anchor, _Client
 from anchortp.state.client import AnchorClient
 from anchortp.state.launch import anchor_log, anchor_socket, start_anchor
 from anchortp.state.manifest import Manifest
 from anchortp.state.messages import AdoptArena, Failure, GetManifest, GetStatus, Hello, Reply, Welcome
-from anchortp.state.wire import Channel, connect
+from anchortp.state.wire import Channel, connect, listen
 
 DEVICE = "cpu:0"
 P = PAGE_BYTES
@@ -413,6 +413,31 @@ def test_one_worker_at_a_time(anchor: Running) -> None:
     assert tool.status().lease.pid == second.pid
     assert first.ask("client.commit('kv', [], 2)").startswith("StaleEpoch")
     assert first.ask("client.lease(3)").startswith(f"LeaseHeld process {second.pid}")
+
+
+def test_the_next_worker_of_an_epoch_need_not_wait_until_the_dead_ones_memory_is_gone(runtime_dir: Path) -> None:
+    """Its connection and its pidfd tell only then. Here nobody runs the anchor's loop, so it has heard of neither."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.read(reader, 1)
+        os._exit(0)
+    anchor = Anchor(device=DEVICE, budget_bytes=BUDGET, listener=listen(anchor_socket(runtime_dir, DEVICE)))
+    first, second = (_Client(channel=None, pid=of, role="worker") for of in (pid, os.getpid()))
+    try:
+        anchor._lease_to(first)
+        with pytest.raises(LeaseHeld, match=f"process {pid} "):
+            anchor._lease_to(second)
+        os.write(writer, b"x")
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        anchor._lease_to(second)
+        assert anchor._status().lease.pid == os.getpid()
+    finally:
+        os.write(writer, b"x")
+        os.waitpid(pid, 0)
+        os.close(reader)
+        os.close(writer)
+        anchor.close()
 
 
 def test_only_a_worker_can_take_the_lease(anchor: Running) -> None:

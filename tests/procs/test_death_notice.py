@@ -10,12 +10,20 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
 from anchortp.engine import messages as m
 from anchortp.engine.pool import WorkerPool, WorkerProcess
-from anchortp.state.process import DeathNotice, hold_until_death, how_it_ended, is_dead, open_pidfd
+from anchortp.state.process import (
+    DeathNotice,
+    get_out_of_the_way,
+    hold_until_death,
+    how_it_ended,
+    is_dead,
+    open_pidfd,
+)
 from anchortp.state.wire import Channel
 
 DEADLINE_S = 20.0
@@ -192,3 +200,57 @@ def test_a_worker_on_gpus_is_gone_when_its_descriptors_are_and_no_sooner(gpus):
     watched[process.pidfd]()
     assert ends == [("cuda:0", "killed by SIGKILL")] and watched == {}
     theirs.close()
+
+
+EXITING, RUNNING = 0x40040C, 0x400400
+
+
+def fake_proc(root: Path, first: int, others: dict[int, int | None]) -> str:
+    """A /proc with process 7, its threads' flags as given; None: listed, but gone when one looks."""
+    for thread, flags in ({7: first} | others).items():
+        folder = root / "7" / "task" / str(thread)
+        folder.mkdir(parents=True)
+        if flags is not None:
+            fields = ["Z", "1", "7", "7", "0", "-1", str(flags), *["0"] * 43]
+            (folder / "stat").write_text(f"{thread} (a name (with) 9) {' '.join(fields)}\n")
+    (root / "7" / "stat").write_text((root / "7" / "task" / "7" / "stat").read_text())
+    return str(root)
+
+
+@pytest.mark.parametrize(
+    ("first", "others", "dead"),
+    [
+        (EXITING, {}, True),
+        (EXITING, {8: EXITING, 9: EXITING}, True),  # one of them still takes the memory down
+        (EXITING, {8: None}, True),
+        (EXITING, {8: EXITING, 9: RUNNING}, False),
+        (RUNNING, {8: EXITING}, False),
+    ],
+)
+def test_a_process_is_dead_when_each_of_its_threads_is(tmp_path, first, others, dead):
+    assert is_dead(7, fake_proc(tmp_path, first, others)) == dead
+
+
+def test_every_thread_gets_out_of_the_way():
+    """Which of them takes the memory down is a race."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            threading.Thread(target=wait_for_a_signal, daemon=True).start()
+            os.write(writer, b"x")
+            wait_for_a_signal()
+        finally:
+            os._exit(1)
+    try:
+        assert os.read(reader, 1) == b"x"
+        threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
+        before = os.getpriority(os.PRIO_PROCESS, 0)
+        get_out_of_the_way(pid)
+        assert len(threads) == 2 and os.getpriority(os.PRIO_PROCESS, 0) == before
+        assert [os.getpriority(os.PRIO_PROCESS, thread) for thread in threads] == [10, 10]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(reader)
+        os.close(writer)

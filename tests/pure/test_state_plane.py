@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from anchortp.arena import PAGE_BYTES, IntervalSet
 from anchortp.config import EngineConfig, parse_model_config
 from anchortp.engine.plane import KV_ARENA, WEIGHTS_ARENA, StatePlane
+from anchortp.errors import ChannelClosed
 from anchortp.layout import (
     EXPERT,
     KV,
@@ -50,9 +52,9 @@ UNITS = model_units(parse_model_config(MODEL))
 class _Client:
     """What `AnchorClient` says of memory, answered in this process."""
 
-    def __init__(self, budget_bytes: int):
-        self.memory = DeviceMemory(device=DEVICE, budget_bytes=budget_bytes)
-        self.welcome = SimpleNamespace(device=DEVICE, epoch=1)
+    def __init__(self, budget_bytes: int, device: str = DEVICE):
+        self.memory = DeviceMemory(device=device, budget_bytes=budget_bytes)
+        self.welcome = SimpleNamespace(device=device, epoch=1)
 
     def create_arena(self, name, reserved_bytes, epoch):
         self.memory.create(name, reserved_bytes)
@@ -246,6 +248,26 @@ def test_only_memory_that_nobody_needs_is_made_ready(monkeypatch):
     assert _in_memory(client) > taken
     assert plane.settle(layout, WANTED, 3)
     assert _in_memory(client) == taken
+
+
+def test_the_other_devices_memory_is_made_ready_though_one_anchor_goes_away(monkeypatch):
+    other, gone = "cpu:1", []
+    clients = {name: _Client(1 << 24, name) for name in (DEVICE, other)}
+    plane = _plane(clients[DEVICE])
+    plane._clients[other] = clients[other]
+    monkeypatch.setattr(plane, "_give_up", plane._clients.pop)
+    monkeypatch.setattr(plane, "_on_gone", gone.append)
+    (shard,) = _layout(1).shards
+    both = Layout(shards=(shard, replace(shard, device=other)))
+    assert plane.reserve(Reserve(epoch=1, ticket=1, staged=both, num_kv_blocks=9, fresh=(DEVICE, other))) == ""
+
+    def ended(name, ranges, epoch):
+        raise ChannelClosed("its end")
+
+    monkeypatch.setattr(clients[DEVICE], "commit_now", ended)
+    done = list(plane.commit_ahead(dict.fromkeys((DEVICE, other), _slots(_layout(4))), 1))
+    assert gone == [DEVICE] and done and all(set(pieces) == {other} for pieces in done)
+    assert plane.ready_bytes(other) == IntervalSet(r for pieces in done for r in pieces[other]).total > 0
 
 
 def _layout(num_experts: int) -> Layout:

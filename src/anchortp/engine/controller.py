@@ -124,7 +124,8 @@ class ElasticEngine:
         self._events: deque[ev.Event] = deque()
         self._handling = False
         self._suspects: Counter[str] = Counter()
-        self._adopting: dict[str, threading.Thread] = {}
+        self._adopting: dict[str, threading.Thread] = {}  # each starts an anchor
+        self._handing_over: set[str] = set()  # devices whose worker has not answered yet
         self._load_progress: dict[str, tuple[int, int]] = {}
         self._sums: dict[str, str] = {}  # what units must add up to, learned when they were first loaded
         self._record: ev.Record | None = None  # not written yet
@@ -300,7 +301,7 @@ class ElasticEngine:
         self._counters["computed_tokens"] += batch.num_tokens
         for seq in batch.seqs:
             self._suspects.pop(seq.request_id, None)
-        if self.pool_needs_spares:
+        if self._processes.num_spares_ready < self.config.num_spares:
             self._processes.replenish()
         return answer
 
@@ -503,6 +504,7 @@ class ElasticEngine:
         device = process.device
         if device is not None and self._workers.get(device) is process:
             del self._workers[device]
+            self._handing_over.discard(device)
             self._handle(ev.WorkerGone(device=device, reason=how))
 
     # ------------------------------------------------------------------------------------------------- recovery
@@ -566,6 +568,7 @@ class ElasticEngine:
                 process = self._workers.pop(device, None)
                 if process is not None:
                     process.kill()
+                self._handing_over.discard(device)
                 self._processes.forget(device)
                 self._plane.drop(device)
             case ev.Resume():
@@ -653,7 +656,7 @@ class ElasticEngine:
             self._region.close()
         self._remove_stores()
         self._ranks = command.layout.devices
-        self._region = ShmRegion.create(command.epoch, len(self._ranks), self._slot_bytes())
+        self._region = ShmRegion.create(command.epoch, len(self._ranks), self.config.slot_bytes)
         shards = [(shard.device, shard.as_dict()) for shard in command.layout.shards]
         parts = self._balancer.parts(command.layout) if self._balancer is not None else {}
         for device in self._ranks:
@@ -665,9 +668,6 @@ class ElasticEngine:
         for kind in ("gloo", "nccl"):
             for store in Path(self.config.runtime_dir).glob(f"{kind}-*"):
                 store.unlink(missing_ok=True)
-
-    def _slot_bytes(self) -> int:
-        return self.config.slot_bytes
 
     def _write_record(self) -> None:
         """Manifests wait until nobody waits for the recovery any more: what they say is true in the meantime."""
@@ -801,7 +801,7 @@ class ElasticEngine:
 
     def _adopt(self, device: str) -> None:
         """Starting an anchor takes longer than a step, so that happens on a thread; serving goes on."""
-        if device in self._adopting:
+        if device in self._adopting or device in self._handing_over:
             return
         worker = self._workers.get(device)
 
@@ -818,6 +818,7 @@ class ElasticEngine:
         self._adopting[device].start()
 
     def _hand_over(self, device: str) -> None:
+        self._adopting.pop(device, None)  # the thread's last words
         if device not in self._workers or device not in self.recovery.members:
             self._handed_over(device, False, "its worker is gone too")
             if device not in self.recovery.members and not self._stopping.is_set():
@@ -829,13 +830,16 @@ class ElasticEngine:
         except AnchorTPError as error:
             self._handed_over(device, False, str(error))
             return
+        self._handing_over.add(device)
         self._send(device, m.HandOver(epoch=epoch, ranges=self._plane.committed_ranges(device)))
 
     def _handed_over(self, device: str, ok: bool, reason: str) -> None:
         self._adopting.pop(device, None)
+        self._handing_over.discard(device)
         if self._stopping.is_set():
             return
         if ok:
+            self._ahead = None  # it went on without this device
             shard = self.recovery.layout[device]
             self._plane.put_manifest(shard, self.recovery.num_kv_blocks, self.recovery.epoch)
         self._handle(ev.Adopted(device=device, ok=ok, reason=reason))
@@ -848,10 +852,6 @@ class ElasticEngine:
                 process.channel.post(message, fds)
 
     # ---------------------------------------------------------------------------------------------- reporting
-
-    @property
-    def pool_needs_spares(self) -> bool:
-        return self._processes.num_spares_ready < self.config.num_spares
 
     def _tell_story(self) -> None:
         """New lines of the story go to the log as they come."""

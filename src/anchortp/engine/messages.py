@@ -98,7 +98,7 @@ class LoadUnits(_Message):
 
 
 class CancelLoad(_Message):
-    """Stop the load of this ticket, if it is the one that runs. -> LoadCancelled, always"""
+    """Stop the load of this ticket, if it is the one that runs. Not answered."""
 
     ticket: int
 
@@ -271,12 +271,6 @@ class LoadRefused(_Message):
     device: str = ""
 
 
-class LoadCancelled(_Message):
-    """The load of that ticket does not run (any more): it writes nothing into the arena from now on."""
-
-    ticket: int
-
-
 class UnitsArranged(_Message):
     epoch: int
 
@@ -337,7 +331,6 @@ FromWorker = (
     | LoadProgress
     | LoadDone
     | LoadRefused
-    | LoadCancelled
     | UnitsArranged
     | BlocksMoved
     | PlanesRestored

@@ -368,8 +368,8 @@ class StatePlane:
                     log.info("%s: no memory is made ready for a loss: %s", device, error)
                     del work[device]
                 except WireError as error:
+                    del work[device]
                     self._went_away(device, error)
-                    return
             if done:
                 yield done
 

@@ -26,6 +26,8 @@ from anchortp.state.wire import Channel
 # once took 1.6 times as long as those that spin, and with this they are as fast.
 SPIN_COUNT = "10000"
 
+MAX_STILLBORN = 3  # spares in a row that died before they were ready; then no more are forked until somebody asks
+
 Watch = Callable[[int, Callable[[], None]], None]
 
 
@@ -99,6 +101,7 @@ class WorkerPool:
         self._processes: set[WorkerProcess] = set()
         self._spares: deque[WorkerProcess] = deque()
         self._wanted: dict[str, Callable[[WorkerProcess], None]] = {}  # by device, in the order of asking
+        self._num_stillborn = 0  # in a row
         self._stopping = False
 
     def start(self) -> None:
@@ -116,15 +119,20 @@ class WorkerPool:
             use(self._spares.popleft())
             return
         self._wanted[device] = use
-        self._fork_missing()
+        self.replenish()
 
     def forget(self, device: str) -> None:
         """The device needs no process any more."""
         self._wanted.pop(device, None)
 
     def replenish(self) -> None:
-        """Forks spares up to the wanted number. Called when there is time for it, not during a recovery."""
-        self._fork_missing()
+        """Forks spares up to the wanted number, and one for each device that waits."""
+        if not self._zygote_ready or self._stopping:
+            return
+        coming = sum(1 for p in self._processes if p.device is None and not p.is_dead)
+        self._collect_stillborn()
+        for _ in range(self._num_spares + len(self._wanted) - coming):
+            self._fork()
 
     @property
     def num_spares_ready(self) -> int:
@@ -204,7 +212,7 @@ class WorkerPool:
             return
         if ready:
             self._zygote_ready = True
-            self._fork_missing()
+            self.replenish()
 
     def _replace_zygote(self) -> None:
         self._drop_zygote_channel()
@@ -221,12 +229,18 @@ class WorkerPool:
             self._zygote_channel.close()
             self._zygote_channel = None
 
-    def _fork_missing(self) -> None:
-        if not self._zygote_ready or self._stopping:
+    def _collect_stillborn(self) -> None:
+        """Forks that ended before they told their pid: no pidfd tells of them. Where one may yet tell it nobody is
+        collected, and none of whom the pid is known: how it ended is read before that."""
+        if self._num_stillborn == 0 or any(process.pid == 0 for process in self._processes):
             return
-        coming = sum(1 for p in self._processes if p.device is None and not p.is_dead)
-        for _ in range(self._num_spares + len(self._wanted) - coming):
-            self._fork()
+        assert self._zygote is not None
+        known = {self._zygote.pid, *(process.pid for process in self._processes)}
+        with contextlib.suppress(ChildProcessError):
+            while ended := os.waitid(os.P_PGID, self._zygote.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if ended.si_pid in known:
+                    return
+                os.waitpid(ended.si_pid, 0)
 
     def _fork(self) -> None:
         assert self._zygote_channel is not None
@@ -251,7 +265,10 @@ class WorkerPool:
             self._unwatch(process.channel.fileno())
             if process.pid == 0:
                 self._forget(process)
-                self._fork_missing()
+                self._num_stillborn += 1
+                # What killed it may well kill the next, and the next: that would go on as fast as this machine forks.
+                if self._num_stillborn < MAX_STILLBORN:
+                    self.replenish()
             return  # its end comes through the pidfd, with its status
         except WireError as error:
             process.last_words = str(error)
@@ -267,6 +284,7 @@ class WorkerPool:
                 self._on_message(process, received.message)
 
     def _spare_ready(self, process: WorkerProcess, pid: int) -> None:
+        self._num_stillborn = 0
         process.started(pid)
         self._watch(process.pidfd, lambda: self._ended(process))
         if not self._gpus:  # a GPU runs what a dead process has queued until its descriptors are closed
@@ -291,7 +309,7 @@ class WorkerPool:
             self._spares.remove(process)
         if process.device is not None:
             self._on_end(process, process.how_it_ended())
-        self._fork_missing()
+        self.replenish()
 
     def _ended(self, process: WorkerProcess) -> None:
         self._died(process)  # unless that was heard before

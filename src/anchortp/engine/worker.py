@@ -392,7 +392,6 @@ class Worker:
     def _cancel_load(self, order: m.CancelLoad) -> None:
         if order.ticket == self._load_ticket:
             self._stop_load()
-        self._send(m.LoadCancelled(ticket=order.ticket))
 
     def _stop_load(self) -> None:
         """The arena is neither written nor read any more but by this thread. Raises StateError if that cannot be

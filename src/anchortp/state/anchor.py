@@ -363,7 +363,7 @@ class Anchor:
             raise StateError(f"a {client.role} cannot be the worker of {self.device}; connect as a worker")
         lease = self._lease
         if lease is None or lease.client is not client:
-            if lease is not None and lease.epoch == self._epoch:
+            if lease is not None and lease.epoch == self._epoch and not self._is_dead(lease):
                 raise LeaseHeld(
                     f"process {lease.client.pid} is the worker of {self.device} in epoch {lease.epoch}; "
                     f"end that process, or take the lease with a newer epoch"
@@ -386,6 +386,13 @@ class Anchor:
         lease = self._lease = _Lease(client=client, pidfd=pidfd, epoch=self._epoch)
         # The connection says the same in most cases, but a child that was forked may hold it open.
         self._selector.register(pidfd, selectors.EVENT_READ, partial(self._holder_died, lease))
+
+    def _is_dead(self, lease: _Lease) -> bool:
+        """Whether its holder writes no more: its successor in the same epoch may come before the connection ends. On a
+        GPU what it had begun goes on until the process is gone with all that it held."""
+        if parse_device(self.device).kind == "cuda":
+            return process.wait_gone(lease.pidfd, 0.0)
+        return process.is_dead(lease.client.pid)
 
     def _check_worker(self, client: _Client) -> None:
         lease = self._lease

@@ -59,33 +59,53 @@ def wait_dead(pid: int, timeout_s: float) -> bool:
     return True
 
 
-def is_dead(pid: int) -> bool:
-    """Whether no thread of the process will run its code again."""
+def is_dead(pid: int, proc: str = "/proc") -> bool:
+    """Whether no thread of the process will run its code again.
+
+    Its threads may still be listed: one of them takes the memory down, and is there until that is done.
+    """
+    # The first thread first: once it dies of a signal no thread can start another, so the list is complete.
+    if not _is_exiting(f"{proc}/{pid}"):
+        return False
+    return all(_is_exiting(f"{proc}/{pid}/task/{thread}") for thread in _threads(pid, proc))
+
+
+def _is_exiting(folder: str) -> bool:
+    """Of a thread, which never comes back from that; one that has vanished has exited."""
     try:
-        return bool(int(_stat(pid)[6]) & _PF_EXITING) and len(os.listdir(f"/proc/{pid}/task")) <= 1
+        return bool(int(_stat(folder)[6]) & _PF_EXITING)
     except (FileNotFoundError, ProcessLookupError):
         return True
+
+
+def _threads(pid: int, proc: str = "/proc") -> list[str]:
+    try:
+        return os.listdir(f"{proc}/{pid}/task")
+    except (FileNotFoundError, ProcessLookupError):
+        return []
 
 
 def how_it_ended(pid: int) -> str:
     """In words, of a dead process that nobody has collected yet."""
     try:
-        code = os.waitstatus_to_exitcode(int(_stat(pid)[49]))
+        code = os.waitstatus_to_exitcode(int(_stat(f"/proc/{pid}")[49]))
     except (FileNotFoundError, ProcessLookupError):
         return "ended"
     return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with status {code}"
 
 
-def _stat(pid: int) -> list[str]:
+def _stat(folder: str) -> list[str]:
     """The fields of /proc/PID/stat from the third on: before it comes a name that may have spaces."""
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return Path(folder, "stat").read_text().rpartition(")")[2].split()
 
 
 def get_out_of_the_way(pid: int) -> None:
     """What the process still does, or the kernel for it, yields to others; 0 is the caller. A process that has died
-    with gigabytes mapped keeps a core busy for some 100 ms, just when a recovery needs it."""
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, pid, _LOW_PRIORITY)
+    with gigabytes mapped keeps a core busy for some 100 ms, just when a recovery needs it: any one of its threads, the
+    last to let go of the memory."""
+    for thread in _threads(pid or os.getpid()):
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, int(thread), _LOW_PRIORITY)
 
 
 def kill(pidfd: int, sig: signal.Signals) -> bool:
@@ -130,8 +150,7 @@ class DeathNotice:
             _libc.pthread_mutex_lock(mutex)
             _libc.pthread_mutex_unlock(mutex)
         # The thread that held it is dead; others die of the same signal, within microseconds.
-        while not is_dead(pid):
-            time.sleep(_POLL_S)
+        wait_dead(pid, math.inf)
         os.eventfd_write(self.event_fd, 1)
 
     def close(self) -> None:
