@@ -108,12 +108,6 @@ def decode_entry(index: int, options: argparse.Namespace) -> ScheduledSeq:
         position=options.context + 1,
         block_ids=tuple(range(index * each, (index + 1) * each)),
         sample=True,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        seed=0,
-        logprobs=None,
     )
 
 

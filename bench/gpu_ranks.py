@@ -214,10 +214,4 @@ def _token(index: int, step: int, generator: torch.Generator) -> ScheduledSeq:
         position=step + 1,
         block_ids=tuple(range(5 * index, 5 * index + 5)),
         sample=True,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        seed=0,
-        logprobs=None,
     )

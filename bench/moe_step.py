@@ -146,12 +146,6 @@ def batch_of(config: ModelConfig, num_seqs: int, num_new: int, context: int, see
                 position=context,
                 block_ids=tuple(range(index * each, (index + 1) * each)),
                 sample=True,
-                temperature=0.0,
-                top_k=0,
-                top_p=1.0,
-                min_p=0.0,
-                seed=0,
-                logprobs=None,
             )
             for index, prompt in enumerate(prompts)
         ],

@@ -256,12 +256,6 @@ def entry(index: int, case: Case) -> ScheduledSeq:
         position=case.context,
         block_ids=tuple(range(index * each, (index + 1) * each)),
         sample=True,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        seed=0,
-        logprobs=None,
     )
 
 

@@ -45,22 +45,8 @@ from anchortp.transfer.packed import PackedWeights, Packer
 from anchortp.transfer.sources import Destination, HostSource, PeerSource
 from anchortp.transfer.work import HOST, Geometry, complete
 from bench.common import conditions, console, finish, spread
+from bench.gpu_sections import QWEN3_8B
 
-QWEN3_8B = {
-    "model_type": "qwen3",
-    "hidden_size": 4096,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 12288,
-    "vocab_size": 151936,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "dtype": "bfloat16",
-    "eos_token_id": 151645,
-}
 CHANGES = {"8 to 7": (8, (3,)), "8 to 6": (8, (6, 7)), "4 to 2": (4, (2, 3))}
 COMPARED = ("reload", "greedy", "cmm", "units", "makespan")
 OURS = "makespan"
@@ -591,7 +577,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--tiny", action="store_true", help="a model of a few megabytes: does the benchmark run?")
     args = parser.parse_args(argv)
-    shape = QWEN3_8B
+    shape = QWEN3_8B | {"tie_word_embeddings": True, "eos_token_id": 151645}
     if args.tiny:
         shape = shape | {"hidden_size": 256, "head_dim": 16, "intermediate_size": 512, "vocab_size": 2048}
     name = f"qwen3-8b-shapes-{args.layers}" + ("-tiny" if args.tiny else "")

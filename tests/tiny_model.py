@@ -121,12 +121,6 @@ class Oracle:
             position=len(token_ids),
             block_ids=tuple(range(64)),
             sample=True,
-            temperature=0.0,
-            top_k=0,
-            top_p=1.0,
-            min_p=0.0,
-            seed=0,
-            logprobs=None,
         )
         return self._decoder.forward(ForwardBatch.build([entry], self._block_size), self)[0]
 

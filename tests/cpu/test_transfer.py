@@ -429,12 +429,6 @@ def scheduled(token_ids):
         position=len(token_ids),
         block_ids=(0,),
         sample=True,
-        temperature=0.0,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        seed=0,
-        logprobs=None,
     )
 
 

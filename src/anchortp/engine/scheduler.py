@@ -54,7 +54,7 @@ class ScheduledSeq(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
 
     `token_ids` are the tokens at positions `[start, position)`; their KV is written to the slots that
     `block_ids`, the sequence's whole table, gives these positions. With `sample`, the token at `position` is
-    drawn from the logits of the last of them, by the fields below it (see `SamplingParams`).
+    drawn from the logits of the last of them, by the fields below it (see `SamplingParams`): greedily by default.
     """
 
     request_id: str
@@ -63,12 +63,12 @@ class ScheduledSeq(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     position: int
     block_ids: tuple[int, ...]
     sample: bool
-    temperature: float
-    top_k: int
-    top_p: float
-    min_p: float
-    seed: int
-    logprobs: int | None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    logprobs: int | None = None
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
