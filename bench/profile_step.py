@@ -29,13 +29,14 @@ import msgspec
 from rich.table import Table
 
 from anchortp.cli.serving import resolve_folder
-from anchortp.config import ModelConfig, load_model_config, reads_panels
+from anchortp.config import ModelConfig, cache_folder, load_model_config, reads_panels
 from anchortp.engine import messages as m
 from anchortp.engine.api import EngineRequest, SampledToken, SamplingParams
 from anchortp.engine.blocks import BlockPool
 from anchortp.engine.pool import SPIN_COUNT
 from anchortp.engine.scheduler import Batch, ScheduledSeq, Scheduler
 from anchortp.layout import FAMILIES, KV, KVAddresses, Layout, WeightAddresses, initial_layout, model_units
+from anchortp.native import build_kernels
 from bench.common import conditions, console, finish
 
 BLOCK = 16
@@ -44,6 +45,10 @@ PHASES = {  # method of the decoder -> what it is called here
     "prepare": "prepare",
     "embed": "embed",
     "_norm": "norms",
+    "add_norm": "norms",
+    "gate": "gate",
+    "_rotate_store": "q, k, v",
+    "_attend": "attend",
     "_project": "q, k, v",
     "attention": "rope, o",
     "_store": "store KV",
@@ -64,6 +69,7 @@ class Case:
     batch: int
     context: int
     rows: int = 1
+    kernels: str = "native"
 
     @property
     def name(self) -> str:
@@ -79,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--weights", choices=("auto", "plain"), default="auto")
+    parser.add_argument("--kernels", choices=("native", "torch"), default="native")
     parser.add_argument("--tp", default="1,2,4")
     parser.add_argument("--batch", default="1,16")
     parser.add_argument("--context", type=int, default=192)
@@ -101,8 +108,9 @@ def main() -> None:
     }
     degrees = [int(tp) for tp in options.tp.split(",")]
     for tp in degrees:
-        cases = [Case(tp=tp, batch=int(b), context=options.context) for b in options.batch.split(",")]
-        cases.append(Case(tp=tp, batch=1, context=options.prefill, rows=options.prefill))
+        common = {"tp": tp, "kernels": options.kernels}
+        cases = [Case(batch=int(b), context=options.context, **common) for b in options.batch.split(",")]
+        cases.append(Case(batch=1, context=options.prefill, rows=options.prefill, **common))
         result["cases"] += [profile(folder, config, case, options.steps, machine) for case in cases]
     show(result)
     if options.scale is not None:
@@ -173,7 +181,8 @@ def run_rank(folder: Path, config: ModelConfig, case: Case, rank: int, region_fd
     clock = Clock()
     decoder = make_decoder(folder, config, case, rank)
     for method, phase in PHASES.items():
-        setattr(decoder, method, clock.timed(phase, getattr(decoder, method)))
+        if hasattr(decoder, method):
+            setattr(decoder, method, clock.timed(phase, getattr(decoder, method)))
     region = ShmRegion.attach(region_fd, epoch=1)
     group = ShmGroup(region, rank, GROUP_TIMEOUT_S)
     group.all_reduce = clock.timed(COLLECTIVES, group.all_reduce)
@@ -225,7 +234,7 @@ class Clock:
 def make_decoder(folder: Path, config: ModelConfig, case: Case, rank: int) -> Any:
     import torch
 
-    from anchortp.model import Decoder, KVCache, WeightViews
+    from anchortp.model import Decoder, Kernels, KVCache, NativeDecoder, WeightViews
     from anchortp.transfer.checkpoint import Checkpoint
     from anchortp.transfer.loader import load_replicated, load_units
 
@@ -243,7 +252,11 @@ def make_decoder(folder: Path, config: ModelConfig, case: Case, rank: int) -> An
     views, planes = WeightViews(buffer, addresses, shard), KVCache(cache, kv, shard)
     while views.copy_next():  # as after the first steps
         pass
-    return Decoder(units, layout, rank, views, planes, max_model_len=case.context + 1)
+    common = (units, layout, rank, views, planes, case.context + 1)
+    if case.kernels == "torch":
+        return Decoder(*common)
+    library = str(build_kernels(cache_folder() / "kernels"))
+    return NativeDecoder(*common, kernels=Kernels(library, config.dtype))
 
 
 def entry(index: int, case: Case) -> ScheduledSeq:

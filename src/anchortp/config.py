@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import os
 import tempfile
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from typing import Any, Literal
 
 from anchortp.devices import Device, check_engine_devices, parse_device
 from anchortp.errors import ConfigError, UnsupportedModel
+from anchortp.native import build_kernels, cpu_flags
 
 DType = Literal["bfloat16", "float32"]
 FLASHINFER_HEAD_DIMS = (64, 128, 256)  # that it is compiled for
@@ -20,6 +22,8 @@ _CACHE_LINE_BYTES = 64  # to which slots are rounded up
 DTYPE_BYTES: dict[str, int] = {"bfloat16": 2, "float32": 4}
 
 ExpertCut = Literal["experts", "columns"]
+
+log = logging.getLogger("anchortp.engine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,6 +296,7 @@ class EngineConfig:
     eplb: bool = True  # of a mixture of experts: replicate hot ones where memory allows
     eplb_interval_s: float = 10.0
     attention: Literal["torch", "flashinfer"] = "torch"
+    kernels: str = ""  # the library of our own kernels (`anchortp.native`); "": torch's
     cuda_graphs: bool = True  # on GPUs decode steps are captured and replayed
     eplb_replica_choices: float | None = None  # see `eplb.Limits.choices_per_replica`; None: by the kind of device
     pipelined_load: bool = True  # a layer computes when its weights are there
@@ -346,6 +351,7 @@ def resolve_engine_config(
     kv_block_size: int = 16,
     collectives: str = "auto",
     attention: str = "torch",
+    kernels: str = "auto",
     **more: Any,
 ) -> EngineConfig:
     """Resolves what was left open from the model and this machine, and freezes it.
@@ -355,7 +361,8 @@ def resolve_engine_config(
     but at most 8192. `kv_tokens`: every sequence at full length. `kv_mirror`: "host" or "off"; `kv_mirror_bytes`:
     room for the whole KV cache, but at most a tenth of the free memory. `expert_cut`: see `MoEConfig.cut`.
     `collectives`: shared memory on the host; on GPUs NCCL, and memory that all map where devices share a GPU.
-    `attention`: torch's kernels on gathered blocks, or on GPUs the package FlashInfer.
+    `attention`: torch's kernels on gathered blocks, or on GPUs the package FlashInfer. `kernels`: on CPU devices
+    "native", which a C++ compiler makes once (`anchortp.native`), "torch", or "auto": native where they can be made.
     Raises ConfigError.
     """
     model = load_model_config(model_folder, dtype, expert_cut)
@@ -384,6 +391,7 @@ def resolve_engine_config(
         model=model,
         devices=devices,
         attention=attention,  # type: ignore[arg-type]
+        kernels=_resolve_kernels(kernels, parsed[0].kind),
         device_memory_bytes=device_memory_bytes or int(0.8 * _available_bytes() / len(devices)),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -426,14 +434,26 @@ def _check_attention(attention: str, model: ModelConfig, kind: str) -> None:
         raise ConfigError(f"attention 'flashinfer' cannot be used: {why}; choose 'torch'.")
 
 
+def _resolve_kernels(kernels: str, kind: str) -> str:
+    """The path of the library, which is made where it has to be; "" for torch's kernels."""
+    if kernels not in ("auto", "native", "torch"):
+        raise ConfigError(f"kernels is {kernels!r}; choose 'auto', 'native' or 'torch'.")
+    if kernels == "native" and kind != "cpu":
+        raise ConfigError(f"kernels 'native' are for CPU devices, and these are of kind {kind}; choose 'auto'.")
+    if kernels == "torch" or kind != "cpu":
+        return ""
+    try:
+        return str(build_kernels(cache_folder() / "kernels"))
+    except ConfigError as error:
+        if kernels == "native":
+            raise
+        log.warning("torch's kernels are used, which are slower: %s", error)
+        return ""
+
+
 def reads_panels() -> bool:
     """Whether this CPU is one on which oneDNN's bfloat16 weights are known to come in the panels of `layout.units`."""
-    flags: set[str] = set()
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("flags"):
-            flags = set(line.split())
-            break
-    return "avx512_bf16" in flags and "amx_bf16" not in flags
+    return "avx512_bf16" in cpu_flags() and "amx_bf16" not in cpu_flags()
 
 
 def _mirror_slots(model: ModelConfig, kv_mirror: str, num_bytes: int | None, block_size: int, kv_blocks: int) -> int:

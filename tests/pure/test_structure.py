@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "state": {"arena"},
     "transfer": {"arena", "plan", "layout"},
     "comm": set(),
+    "native": set(),
     "model": {"layout"},
     "engine": {"recovery", "eplb", "model", "comm", "transfer", "state", "arena", "plan", "layout"},
     "server": {"engine"},

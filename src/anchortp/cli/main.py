@@ -46,6 +46,12 @@ class KVMirror(StrEnum):
     off = "off"
 
 
+class KernelsBy(StrEnum):
+    auto = "auto"
+    native = "native"
+    torch = "torch"
+
+
 class AttentionBy(StrEnum):
     torch = "torch"
     flashinfer = "flashinfer"
@@ -137,6 +143,12 @@ def serve(
     attention: Annotated[AttentionBy, typer.Option(help="flashinfer: where it is installed, on GPUs.")] = (
         AttentionBy.torch
     ),
+    kernels: Annotated[
+        KernelsBy,
+        typer.Option(
+            help="native: ours, on CPUs, compiled once by this machine's C++ compiler. auto: native where there is one."
+        ),
+    ] = KernelsBy.auto,
     cuda_graphs: Annotated[bool, typer.Option(help="On GPUs: capture decode steps and replay them.")] = True,
     eplb_replica_cost: Annotated[
         float | None,
@@ -206,6 +218,7 @@ def serve(
         eplb=eplb,
         eplb_interval_s=eplb_interval,
         attention=attention.value,
+        kernels=kernels.value,
         cuda_graphs=cuda_graphs,
         eplb_replica_choices=eplb_replica_cost,
         pipelined_load=pipelined_load,

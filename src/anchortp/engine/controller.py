@@ -599,6 +599,7 @@ class ElasticEngine:
                 packed_folder=config.packed_folder,
                 graphs=config.cuda_graphs,
                 attention=config.attention,
+                kernels=config.kernels,
                 strikes=tuple(strike for strike in self._strikes if strike.device == device),
             ),
         )

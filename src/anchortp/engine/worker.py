@@ -53,7 +53,17 @@ from anchortp.layout import (
     model_units,
     shard_from_dict,
 )
-from anchortp.model import DecodeGraphs, Decoder, ForwardBatch, KVCache, WeightViews, check_weights, panels
+from anchortp.model import (
+    DecodeGraphs,
+    Decoder,
+    ForwardBatch,
+    Kernels,
+    KVCache,
+    NativeDecoder,
+    WeightViews,
+    check_weights,
+    panels,
+)
 from anchortp.model.decoder import Gate
 from anchortp.model.paged import FlashInfer
 from anchortp.plan.plan import FromHost, FromPeer, Move
@@ -139,6 +149,7 @@ class _Assignment:
     kv: KVAddresses
     accelerator: Accelerator
     paged: FlashInfer | None
+    kernels: Kernels | None
     anchor: AnchorClient
     probe: FaultProbe
     order: m.Assign
@@ -249,6 +260,7 @@ class Worker:
             ),
             accelerator=accelerator,
             paged=paged,
+            kernels=Kernels(order.kernels, config.dtype) if order.kernels else None,
             anchor=anchor,
             probe=probe,
             order=order,
@@ -600,7 +612,8 @@ class Worker:
         with a.accelerator.placing():
             if self._decoder is None:
                 views = (weights, kv_cache)
-                self._decoder = Decoder(a.units, layout, rank, *views, a.order.max_model_len, a.paged)
+                parts = (a.units, layout, rank, *views, a.order.max_model_len, a.paged)
+                self._decoder = NativeDecoder(*parts, kernels=a.kernels) if a.kernels else Decoder(*parts)
                 capture = a.accelerator.capture() if a.order.graphs else None
                 self._graphs = DecodeGraphs(self._decoder, capture) if capture else None
             else:

@@ -80,7 +80,6 @@ class Step:
     """What all layers of one forward pass share."""
 
     cache_slots: Tensor
-    opened_blocks: Tensor | None  # None if there are none
     cos: Tensor  # [rows, num_q + 2 * num_kv, head_dim]; the values' rows do not rotate
     sin: Tensor
     attend: Attend | None  # by blocks where they lie; else decode and prefill say what to gather
@@ -129,7 +128,7 @@ class Decoder:
         self.kv_cache = kv_cache
         self._vocab_units = tuple(torch.tensor(s[VOCAB], dtype=torch.int64) for s in layout.shards)
         self._vocab_ordered = all(a < b for a, b in pairwise(u for s in layout.shards for u in s[VOCAB]))
-        self.moe = MoE(self.units, layout, rank, weights) if self.config.moe else None
+        self.moe = MoE(self.units, layout, rank, weights, self.gate) if self.config.moe else None
         self._gathered = torch.empty(0, dtype=self.dtype)  # context of one group, reused by all layers and groups
 
     @torch.inference_mode()
@@ -141,18 +140,21 @@ class Decoder:
         """
         assert (group.rank, group.size) == (self.rank, self.num_ranks), "a group of another layout"
         assert batch.block_size == self.kv_cache.block_size, "a batch for another block size"
+        if batch.opened_blocks.numel():
+            self.kv_cache.clear(batch.opened_blocks)
         step = self.prepare(batch)
         if self.moe is not None:
             self.moe.begin(batch.positions)
-        x = group.all_reduce(self.embed(batch.token_ids))
+        x, more = group.all_reduce(self.embed(batch.token_ids)), None
         for index, layer in enumerate(self.weights.layers):
             if gate:
                 gate(index)
-            x.add_(group.all_reduce(self.attention(index, layer, x, step)))
-            x.add_(group.all_reduce(self.mlp(index, layer, x)))
+            more = group.all_reduce(self.attention(index, layer, self.add_norm(x, more, layer.input_norm), step))
+            more = group.all_reduce(self.mlp(index, layer, self.add_norm(x, more, layer.post_norm)))
         if gate:
             gate(self.config.num_layers)
-        return self.logits(x.index_select(0, batch.sample_rows), group)
+        assert more is not None, "a model without layers"
+        return self.logits(x.add_(more).index_select(0, batch.sample_rows), group)
 
     def prepare(self, batch: ForwardBatch, attend: Attend | None = None) -> Step:
         """`attend`: made for this batch already."""
@@ -164,7 +166,6 @@ class Decoder:
         shape = (*angles.shape, self.config.head_dim)
         return Step(
             cache_slots=batch.cache_slots,
-            opened_blocks=batch.opened_blocks if batch.opened_blocks.numel() else None,
             cos=self._rope.cos.index_select(0, angles.flatten()).view(shape),
             sin=self._rope.sin.index_select(0, angles.flatten()).view(shape),
             attend=attend,
@@ -241,11 +242,12 @@ class Decoder:
         return embedded.masked_fill_((rows < 0).unsqueeze(1), 0)
 
     def attention(self, index: int, layer: LayerWeights, x: Tensor, step: Step) -> Tensor:
-        """Partial `[rows, hidden]` of this rank's q heads; their keys and values go to the cache."""
+        """Of the normalised `x`: partial `[rows, hidden]` of this rank's q heads; their keys and values go to the
+        cache."""
         heads = self._heads
         if not heads.num_q:
             return torch.zeros_like(x)
-        projected = self._project(layer, self._norm(x, layer.input_norm))
+        projected = self._project(layer, x)
         turned = (projected * step.cos).addcmul_(projected.roll(self.config.head_dim // 2, -1), step.sin)
         cache = self.kv_cache.layer(index)
         planes = self._store(cache, turned[:, heads.num_q :], step)
@@ -273,11 +275,12 @@ class Decoder:
 
     def _store(self, cache: Tensor, keys_values: Tensor, step: Step) -> Tensor:
         """Writes `[rows, 2 * num_kv, head_dim]` into the cache of a layer -> its planes, a row per block."""
-        blocks = cache.view(cache.shape[0], self.kv_cache.num_blocks, -1)
-        if step.opened_blocks is not None:
-            blocks.index_fill_(1, step.opened_blocks, 0)
         cache.index_copy_(1, step.cache_slots, keys_values.transpose(0, 1))
-        return blocks.flatten(0, 1)
+        return self._planes(cache)
+
+    def _planes(self, cache: Tensor) -> Tensor:
+        """`[planes * blocks, block_size * head_dim]`, of a layer."""
+        return cache.view(cache.shape[0] * self.kv_cache.num_blocks, -1)
 
     def _attend_together(self, queries: Tensor, planes: Tensor, context: _Context) -> Tensor:
         """A few queries of each of several sequences -> `[rows, num_kv * G, head_dim]`."""
@@ -323,16 +326,22 @@ class Decoder:
         return both[0], both[1]
 
     def mlp(self, index: int, layer: LayerWeights, x: Tensor) -> Tensor:
-        """Partial `[rows, hidden]` of this rank's MLP blocks or experts."""
+        """Of the normalised `x`: partial `[rows, hidden]` of this rank's MLP blocks or experts."""
         if self.moe is not None:
-            return self.moe.forward(index, self._norm(x, layer.post_norm))
+            return self.moe.forward(index, x)
         assert layer.gate_up is not None and layer.down is not None
         if not self.weights.shard[MLP]:
             return torch.zeros_like(x)
-        both = linear(self._norm(x, layer.post_norm), layer.gate_up)
-        both = both.view(x.shape[0], -1, 2, self.units.mlp_block)
-        gated = F.silu(both[:, :, 0]).mul_(both[:, :, 1])
-        return times(gated.view(x.shape[0], -1), layer.down)
+        return times(self.gate(linear(x, layer.gate_up)), layer.down)
+
+    def gate(self, both: Tensor) -> Tensor:
+        """Gate and up of all columns, block by block, `[rows, 2 * columns]` -> `silu(gate) * up`, `[rows, columns]`."""
+        blocks = both.view(both.shape[0], -1, 2, self.units.mlp_block)
+        return F.silu(blocks[:, :, 0]).mul_(blocks[:, :, 1]).view(both.shape[0], -1)
+
+    def add_norm(self, x: Tensor, more: Tensor | None, weight: Tensor) -> Tensor:
+        """Adds `more` to the residual stream `x`, in place -> what of it goes into the next half of a layer."""
+        return self._norm(x if more is None else x.add_(more), weight)
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         # Without a weight torch computes in float32 and rounds once; the weight is then applied in the model's

@@ -275,23 +275,23 @@ class _Bucket:
 
     def _attention_of(self, layer: int) -> Callable[[], None]:
         def attention() -> None:
-            decoder = self._decoder
-            x = self._take_sum()
+            decoder, weights = self._decoder, self._decoder.weights.layers[layer]
+            x = self._take_sum(weights.input_norm)
             assert self._step is not None, "the step has not begun"
-            self._partial.copy_(decoder.attention(layer, decoder.weights.layers[layer], x, self._step))
+            self._partial.copy_(decoder.attention(layer, weights, x, self._step))
 
         return attention
 
     def _mlp_of(self, layer: int) -> Callable[[], None]:
         def mlp() -> None:
-            decoder = self._decoder
-            self._partial.copy_(decoder.mlp(layer, decoder.weights.layers[layer], self._take_sum()))
+            decoder, weights = self._decoder, self._decoder.weights.layers[layer]
+            self._partial.copy_(decoder.mlp(layer, weights, self._take_sum(weights.post_norm)))
 
         return mlp
 
-    def _take_sum(self) -> Tensor:
+    def _take_sum(self, norm: Tensor) -> Tensor:
         rows, *_ = self._parts(self._inputs)
-        return self._x.add_(self._partial.index_select(0, rows))
+        return self._decoder.add_norm(self._x, self._partial.index_select(0, rows), norm)
 
 
 def _power_of_two(num: int) -> int:

@@ -8,7 +8,7 @@ all-reduce, as those of an MLP do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -40,10 +40,13 @@ class MoE:
     `load`: int32 `[layers, experts]`, on rank 0 how many tokens each expert has had since `take_load`.
     """
 
-    def __init__(self, units: ModelUnits, layout: Layout, rank: int, weights: WeightViews):
+    def __init__(
+        self, units: ModelUnits, layout: Layout, rank: int, weights: WeightViews, gate: Callable[[Tensor], Tensor]
+    ):
+        """`gate`: as `Decoder.gate`."""
         moe = units.config.moe
         assert moe is not None
-        self._moe, self._block = moe, units.mlp_block
+        self._moe, self._gate = moe, gate
         self._counts_load = rank == 0  # routing is the same on all ranks: one of them counts
         self._routers = tuple(layer.router for layer in weights.layers)
         self._layers = _local_experts(units, layout, rank, weights)
@@ -130,8 +133,7 @@ class MoE:
         both = x.new_empty(x.shape[0], mine[0][0].gate_up.shape[0])
         for local, rows in parts:
             linear_into(both[rows], x[rows], local.gate_up)
-        blocks = both.view(x.shape[0], -1, 2, self._block)
-        gated = F.silu(blocks[:, :, 0]).mul_(blocks[:, :, 1]).view(x.shape[0], -1)
+        gated = self._gate(both)
         out = torch.empty_like(x)
         for local, rows in parts:
             torch.mm(gated[rows], local.down, out=out[rows])

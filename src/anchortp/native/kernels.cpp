@@ -1,0 +1,376 @@
+// What a step does between its matmuls, each in one pass over memory. `build.py` compiles this, `model/native.py` calls it.
+//
+// Plain C functions over pointers; rows are contiguous; sums and exponentials are in float32. Threads are torch's: this
+// library names no OpenMP of its own, so it finds the one that torch has loaded.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include <omp.h>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int64_t kLanes = 16;
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+// How many lanes of a vector are in memory.
+struct All {};
+struct Some {
+    int64_t num;
+};
+
+inline Floats load(const float* from, All = {}) {
+    Floats x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+inline void store(float* to, Floats x, All = {}) { std::memcpy(to, &x, sizeof x); }
+
+#ifdef __AVX512BF16__
+
+inline Floats load(const BFloat16* from, All = {}) {
+    const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    return (Floats)_mm512_slli_epi32(bits, 16);
+}
+
+inline void store(BFloat16* to, Floats x, All = {}) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)_mm512_cvtneps_pbh((__m512)x));
+}
+
+#else
+
+inline Floats load(const BFloat16* from, All = {}) {
+    Halves x;
+    std::memcpy(&x, from, sizeof x);
+    return (Floats)(__builtin_convertvector(x, Words) << 16);
+}
+
+inline void store(BFloat16* to, Floats x, All = {}) {  // to the nearest, ties to even; what is no number stays none
+    const Words bits = (Words)x, nearest = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Halves halves = __builtin_convertvector(x != x ? Words{} + 0x7fc0 : nearest, Halves);
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+#endif
+
+template <class T>
+inline Floats load(const T* from, Some some) {
+    T lanes[kLanes] = {};
+    std::memcpy(lanes, from, some.num * sizeof(T));
+    return load(lanes);
+}
+
+template <class T>
+inline void store(T* to, Floats x, Some some) {
+    T lanes[kLanes];
+    store(lanes, x);
+    std::memcpy(to, lanes, some.num * sizeof(T));
+}
+
+// What is left of `x` in memory that holds `T`.
+template <class T>
+inline Floats rounded(Floats x) {
+    T lanes[kLanes];
+    store(lanes, x);
+    return load(lanes);
+}
+
+// `work(i, lanes)` for all elements, a vector from `i` on at a time.
+template <class Work>
+inline void by_lanes(int64_t num, Work work) {
+    int64_t i = 0;
+    for (; i + kLanes <= num; i += kLanes) work(i, All{});
+    if (i < num) work(i, Some{num - i});
+}
+
+// Lane t of the result is the sum of all lanes of x[t], which is used up.
+inline Floats sums_of(Floats* x) {
+    for (int i = 0; i < 8; ++i)
+        x[i] = __builtin_shufflevector(x[i], x[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+               __builtin_shufflevector(x[i], x[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    for (int i = 0; i < 4; ++i)
+        x[i] = __builtin_shufflevector(x[i], x[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
+               __builtin_shufflevector(x[i], x[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    for (int i = 0; i < 2; ++i)
+        x[i] = __builtin_shufflevector(x[i], x[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
+               __builtin_shufflevector(x[i], x[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    return __builtin_shufflevector(x[0], x[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
+           __builtin_shufflevector(x[0], x[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
+inline float sum_of(Floats x) {
+    float sum = 0.f;
+    for (int i = 0; i < kLanes; ++i) sum += x[i];
+    return sum;
+}
+
+// e**x to some units in the last place (Cephes' polynomial); beyond what float32 holds it stays at the ends.
+inline Floats exp_of(Floats x) {
+    x = x < -87.f ? Floats{} - 87.f : x;
+    x = x > 88.f ? Floats{} + 88.f : x;
+    const float magic = 12582912.f;  // what it is added to is rounded to an integer, in the low bits of the sum
+    const Floats shifted = x * 1.44269504f + magic, n = shifted - magic;
+    const Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.f;
+    return p * (Floats)(((Ints)shifted - (0x4b400000 - 127)) << 23);
+}
+
+inline bool worth_threads(int64_t num_elements) { return num_elements > 65536 && omp_get_max_threads() > 1; }
+
+// As transformers: the normalised row is rounded before the weight is applied.
+template <class T>
+inline void norm_row(const T* x, const T* weight, T* out, int64_t num, float eps) {
+    Floats squares{};
+    by_lanes(num, [&](int64_t i, auto lanes) { squares += load(x + i, lanes) * load(x + i, lanes); });
+    const float scale = 1.f / std::sqrt(sum_of(squares) / static_cast<float>(num) + eps);
+    by_lanes(num, [&](int64_t i, auto lanes) {
+        store(out + i, rounded<T>(load(x + i, lanes) * scale) * load(weight + i, lanes), lanes);
+    });
+}
+
+template <class T>
+void add_norm(T* x, const T* delta, const T* weight, T* out, int64_t num_rows, int64_t num, float eps) {
+#pragma omp parallel for if (worth_threads(num_rows* num))
+    for (int64_t row = 0; row < num_rows; ++row) {
+        T* own = x + row * num;
+        if (delta)
+            by_lanes(num, [&](int64_t i, auto lanes) {
+                store(own + i, load(own + i, lanes) + load(delta + row * num + i, lanes), lanes);
+            });
+        norm_row(own, weight, out + row * num, num, eps);
+    }
+}
+
+template <class T>
+void silu_mul(const T* both, T* out, int64_t num_blocks, int64_t block) {
+#pragma omp parallel for if (worth_threads(num_blocks* block * 2))
+    for (int64_t b = 0; b < num_blocks; ++b) {
+        const T *gate = both + 2 * b * block, *up = gate + block;
+        by_lanes(block, [&](int64_t i, auto lanes) {
+            const Floats g = load(gate + i, lanes);
+            store(out + b * block + i, rounded<T>(g / (1.f + exp_of(-g))) * load(up + i, lanes), lanes);
+        });
+    }
+}
+
+// The first half of `sin` is negated.
+template <class T>
+inline void rotate_head(const T* x, const T* cos, const T* sin, T* out, int64_t half) {
+    by_lanes(half, [&](int64_t i, auto lanes) {
+        const Floats a = load(x + i, lanes), b = load(x + half + i, lanes);
+        store(out + i, a * load(cos + i, lanes) + b * load(sin + i, lanes), lanes);
+        store(out + half + i, b * load(cos + half + i, lanes) + a * load(sin + half + i, lanes), lanes);
+    });
+}
+
+template <class T>
+void rotate_store(const T* q, const T* kv, const T* q_norm, const T* k_norm, const int64_t* positions, const T* cos,
+                  const T* sin, const int64_t* slots, T* cache, T* out, int64_t num_rows, int64_t num_q,
+                  int64_t num_kv, int64_t head_dim, int64_t plane_tokens, float eps) {
+    const int64_t half = head_dim / 2, plane = plane_tokens * head_dim;
+#pragma omp parallel for if (worth_threads(num_rows*(num_q + 2 * num_kv) * head_dim))
+    for (int64_t row = 0; row < num_rows; ++row) {
+        const T *row_cos = cos + positions[row] * head_dim, *row_sin = sin + positions[row] * head_dim;
+        std::vector<T> normed(q_norm ? head_dim : 0);
+        auto place = [&](const T* x, const T* norm, T* to) {
+            if (norm) norm_row(x, norm, normed.data(), head_dim, eps);
+            rotate_head(norm ? normed.data() : x, row_cos, row_sin, to, half);
+        };
+        for (int64_t h = row * num_q; h < (row + 1) * num_q; ++h) place(q + h * head_dim, q_norm, out + h * head_dim);
+        for (int64_t h = 0; h < num_kv; ++h) {
+            const T* keys = kv + (row * num_kv + h) * 2 * head_dim;
+            T* to = cache + 2 * h * plane + slots[row] * head_dim;
+            place(keys, k_norm, to);
+            std::memcpy(to + plane, keys + head_dim, head_dim * sizeof(T));
+        }
+    }
+}
+
+constexpr int64_t kTileVectors = 16;
+
+// Some consecutive tokens of one sequence, and the q heads that read one KV head: `num_vectors` queries in all.
+template <class T>
+struct Tile {
+    const T *q, *keys, *values;
+    T* out;
+    const int32_t *table, *heads;
+    int64_t first_row, num_rows, num_heads, num_keys;  // keys that the last row sees; each row before sees one less
+    int64_t num_q, head_dim, block_size;
+
+    int64_t place_of(int64_t vector) const {
+        return ((first_row + vector / num_heads) * num_q + heads[vector % num_heads]) * head_dim;
+    }
+
+    // Keys or values of `kLanes` tokens from `first` on, `width` floats each; zeros behind the last token.
+    void take(const T* plane, int64_t first, float* to, int64_t width) const {
+        const int64_t num = num_keys - first < kLanes ? num_keys - first : kLanes;
+        std::memset(to + num * width, 0, (kLanes - num) * width * sizeof(float));
+        int64_t block = first / block_size, place = first % block_size;
+        for (int64_t taken = 0; taken < num; ++block, place = 0) {
+            const int64_t left = num - taken, stop = taken + (block_size - place < left ? block_size - place : left);
+            const T* from = plane + (table[block] * block_size + place) * head_dim;
+            for (; taken < stop; ++taken, from += head_dim, to += width)
+                by_lanes(head_dim, [&](int64_t d, auto lanes) { store(to + d, load(from + d, lanes)); });
+        }
+    }
+};
+
+// out[v] += sum over `kLanes` tokens of weights[v][t] * values[t], of V vectors and D times `kLanes` dimensions.
+template <int V, int D>
+inline void add_values(const float* weights, int64_t num_weights, const float* values, float* out, int64_t width) {
+    Floats sums[V][D];
+    for (int v = 0; v < V; ++v)
+        for (int d = 0; d < D; ++d) sums[v][d] = load(out + v * width + d * kLanes);
+    for (int64_t t = 0; t < kLanes; ++t)
+        for (int d = 0; d < D; ++d) {
+            const Floats value = load(values + t * width + d * kLanes);
+            for (int v = 0; v < V; ++v) sums[v][d] += weights[v * num_weights + t] * value;
+        }
+    for (int v = 0; v < V; ++v)
+        for (int d = 0; d < D; ++d) store(out + v * width + d * kLanes, sums[v][d]);
+}
+
+template <int V>
+inline void add_values(const float* weights, int64_t num_weights, const float* values, float* out, int64_t width) {
+    int64_t d = 0;
+    for (; d + 4 * kLanes <= width; d += 4 * kLanes)
+        add_values<V, 4>(weights, num_weights, values + d, out + d, width);
+    for (; d < width; d += kLanes) add_values<V, 1>(weights, num_weights, values + d, out + d, width);
+}
+
+template <class T>
+void attend_tile(const Tile<T>& tile, std::vector<float>& scratch) {
+    const int64_t num_vectors = tile.num_rows * tile.num_heads, hd = tile.head_dim;
+    const int64_t width = (hd + kLanes - 1) / kLanes * kLanes, num_weights = (tile.num_keys + kLanes - 1) / kLanes * kLanes;
+    scratch.resize(num_vectors * (2 * width + num_weights) + kLanes * width);
+    float *queries = scratch.data(), *outs = queries + num_vectors * width, *taken = outs + num_vectors * width;
+    float* weights = taken + kLanes * width;
+    const float scale = 1.f / std::sqrt(static_cast<float>(hd));
+    for (int64_t v = 0; v < num_vectors; ++v)
+        by_lanes(hd, [&](int64_t d, auto lanes) {
+            store(queries + v * width + d, load(tile.q + tile.place_of(v) + d, lanes) * scale);
+        });
+
+    for (int64_t first = 0; first < num_weights; first += kLanes) {
+        tile.take(tile.keys, first, taken, width);
+        for (int64_t v = 0; v < num_vectors; ++v) {
+            Floats products[kLanes] = {};
+            for (int64_t d = 0; d < width; d += kLanes) {
+                const Floats query = load(queries + v * width + d);
+                for (int t = 0; t < kLanes; ++t) products[t] += query * load(taken + t * width + d);
+            }
+            store(weights + v * num_weights + first, sums_of(products));
+        }
+    }
+
+    for (int64_t v = 0; v < num_vectors; ++v) {
+        float* row = weights + v * num_weights;
+        const int64_t seen = tile.num_keys - (tile.num_rows - 1 - v / tile.num_heads);
+        for (int64_t t = seen; t < num_weights; ++t) row[t] = -INFINITY;
+        Floats most = load(row), sum{};
+        for (int64_t t = kLanes; t < num_weights; t += kLanes) most = load(row + t) > most ? load(row + t) : most;
+        float largest = most[0];
+        for (int i = 1; i < kLanes; ++i) largest = most[i] > largest ? most[i] : largest;
+        for (int64_t t = 0; t < num_weights; t += kLanes) {
+            const Floats x = exp_of(load(row + t) - largest);
+            store(row + t, x);
+            sum += x;
+        }
+        for (int64_t t = seen; t < num_weights; ++t) row[t] = 0.f;  // in `sum` they are 1e-38 each, and one is 1
+        const float share = 1.f / sum_of(sum);
+        for (int64_t t = 0; t < num_weights; t += kLanes) store(row + t, load(row + t) * share);
+    }
+
+    std::memset(outs, 0, num_vectors * width * sizeof(float));
+    for (int64_t first = 0; first < num_weights; first += kLanes) {
+        tile.take(tile.values, first, taken, width);
+        const float* row = weights + first;
+        int64_t v = 0;
+        for (; v + 4 <= num_vectors; v += 4)
+            add_values<4>(row + v * num_weights, num_weights, taken, outs + v * width, width);
+        for (; v + 2 <= num_vectors; v += 2)
+            add_values<2>(row + v * num_weights, num_weights, taken, outs + v * width, width);
+        for (; v < num_vectors; ++v)
+            add_values<1>(row + v * num_weights, num_weights, taken, outs + v * width, width);
+    }
+    for (int64_t v = 0; v < num_vectors; ++v)
+        by_lanes(hd, [&](int64_t d, auto lanes) {
+            store(tile.out + tile.place_of(v) + d, load(outs + v * width + d), lanes);
+        });
+}
+
+template <class T>
+void attend(const T* q, const T* cache, const int32_t* rows, const int32_t* starts, const int32_t* blocks,
+            const int32_t* last_tokens, const int32_t* heads, const int32_t* head_starts, T* out,
+            int64_t num_sequences, int64_t num_q, int64_t num_kv, int64_t head_dim, int64_t block_size,
+            int64_t plane_tokens) {
+    std::vector<Tile<T>> tiles;
+    int64_t work = 0;
+    for (int64_t s = 0; s < num_sequences; ++s)
+        for (int64_t kv = 0; kv < num_kv; ++kv) {
+            const int64_t group = head_starts[kv + 1] - head_starts[kv], num_rows = rows[s + 1] - rows[s];
+            const int64_t most = group < kTileVectors ? kTileVectors / group : 1;
+            const int64_t num_keys = (starts[s + 1] - starts[s] - 1) * block_size + last_tokens[s];
+            const T* keys = cache + 2 * kv * plane_tokens * head_dim;
+            for (int64_t first = 0; first < num_rows; first += most) {
+                const int64_t num = num_rows - first < most ? num_rows - first : most;
+                const int64_t seen = num_keys - (num_rows - first - num);
+                work += num * group * seen * head_dim;
+                tiles.push_back({q, keys, keys + plane_tokens * head_dim, out, blocks + starts[s],
+                                 heads + head_starts[kv], rows[s] + first, num, group, seen, num_q, head_dim,
+                                 block_size});
+            }
+        }
+#pragma omp parallel if (worth_threads(work / 8))
+    {
+        static thread_local std::vector<float> scratch;
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < tiles.size(); ++i) attend_tile(tiles[i], scratch);
+    }
+}
+
+}  // namespace
+
+#define EXPORT(DTYPE, T)                                                                                               \
+    extern "C" void add_norm_##DTYPE(T* x, const T* delta, const T* weight, T* out, int64_t num_rows, int64_t num,     \
+                                     float eps) {                                                                      \
+        add_norm(x, delta, weight, out, num_rows, num, eps);                                                           \
+    }                                                                                                                  \
+    extern "C" void silu_mul_##DTYPE(const T* both, T* out, int64_t num_blocks, int64_t block) {                       \
+        silu_mul(both, out, num_blocks, block);                                                                        \
+    }                                                                                                                  \
+    extern "C" void rotate_store_##DTYPE(const T* q, const T* kv, const T* q_norm, const T* k_norm,                    \
+                                         const int64_t* positions, const T* cos, const T* sin, const int64_t* slots,   \
+                                         T* cache, T* out, int64_t num_rows, int64_t num_q, int64_t num_kv,            \
+                                         int64_t head_dim, int64_t plane_tokens, float eps) {                          \
+        rotate_store(q, kv, q_norm, k_norm, positions, cos, sin, slots, cache, out, num_rows, num_q, num_kv, head_dim, \
+                     plane_tokens, eps);                                                                               \
+    }                                                                                                                  \
+    extern "C" void attend_##DTYPE(const T* q, const T* cache, const int32_t* rows, const int32_t* starts,             \
+                                   const int32_t* blocks, const int32_t* last_tokens, const int32_t* heads,            \
+                                   const int32_t* head_starts, T* out, int64_t num_sequences, int64_t num_q,           \
+                                   int64_t num_kv, int64_t head_dim, int64_t block_size, int64_t plane_tokens) {       \
+        attend(q, cache, rows, starts, blocks, last_tokens, heads, head_starts, out, num_sequences, num_q, num_kv,     \
+               head_dim, block_size, plane_tokens);                                                                    \
+    }
+
+EXPORT(bfloat16, BFloat16)
+EXPORT(float32, float)
