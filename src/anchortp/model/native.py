@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,16 +17,12 @@ from torch import Tensor
 
 from anchortp.errors import ConfigError
 from anchortp.layout import Layout
-from anchortp.model.batch import ForwardBatch, PrefillChunk
+from anchortp.model.batch import ForwardBatch
 from anchortp.model.decoder import Decoder, Step
 from anchortp.model.kv_cache import KVCache
 from anchortp.model.paged import Pages
 from anchortp.model.panels import linear, times
 from anchortp.model.weights import LayerWeights, WeightViews
-
-# Chunks with at least so many queries and keys attend by torch's matmuls: there it is multiplying that counts, and
-# those multiply bfloat16 twice as fast as float32 is multiplied here.
-MATMUL_QUERIES, MATMUL_KEYS = 64, 768
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
@@ -58,11 +53,8 @@ class Kernels:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _NativeStep(Step):
-    """`chunks` (of `Step`) are those that attend by matmuls; `ranges`: of all others, runs of sequences."""
-
     positions: Tensor
     pages: Pages
-    ranges: tuple[tuple[int, int], ...]
 
 
 class NativeDecoder(Decoder):
@@ -84,37 +76,23 @@ class NativeDecoder(Decoder):
 
     def prepare(self, batch: ForwardBatch, attend: object = None) -> _NativeStep:
         assert attend is None, "attention is ours"
-        pages = Pages.of_batch(batch)
-        first_chunk = len(pages.last_tokens) - len(batch.prefill)
-        large = [index for index, chunk in enumerate(batch.prefill) if _by_matmul(chunk)]
-        edges = [-1, *(first_chunk + index for index in large), len(pages.last_tokens)]
-        runs = [(before + 1, after) for before, after in pairwise(edges) if before + 1 < after]
         return _NativeStep(
             cache_slots=batch.cache_slots,
             cos=self._rope.cos,
             sin=self._rope.sin,
             attend=None,
             groups=(),
-            chunks=tuple(self._context(batch.prefill[index], None) for index in large),
+            chunks=(),
             positions=batch.positions,
-            pages=pages,
-            ranges=tuple(runs),
+            pages=Pages.of_batch(batch),
         )
 
     def attention(self, index: int, layer: LayerWeights, x: Tensor, step: Step) -> Tensor:
         assert isinstance(step, _NativeStep)
-        heads = self._heads
-        if not heads.num_q:
+        if not self._heads.num_q:
             return torch.zeros_like(x)
         cache = self.kv_cache.layer(index)
-        queries = self._rotate_store(layer, x, cache, step)
-        attended = torch.empty_like(queries)
-        for first, stop in step.ranges:
-            self._attend(queries, cache, step.pages, first, stop - first, attended)
-        for context in step.chunks:
-            picked = queries.index_select(1, heads.pick) if heads.back is not None else queries
-            part = self._attend_alone(picked, self._planes(cache), context)
-            attended[context.start : context.stop] = part if heads.back is None else part.index_select(1, heads.back)
+        attended = self._attend(self._rotate_store(layer, x, cache, step), cache, step.pages)
         return times(attended.view(x.shape[0], -1), layer.o)
 
     def _rotate_store(self, layer: LayerWeights, x: Tensor, cache: Tensor, step: _NativeStep) -> Tensor:
@@ -142,26 +120,27 @@ class NativeDecoder(Decoder):
         )
         return out
 
-    def _attend(self, queries: Tensor, cache: Tensor, pages: Pages, first: int, num: int, out: Tensor) -> None:
-        """Of `num` sequences from `first` on, all their rows."""
-        at = 4 * first
+    def _attend(self, queries: Tensor, cache: Tensor, pages: Pages) -> Tensor:
+        """As `queries`: what they find in the cache."""
+        out = torch.empty_like(queries)
         self._kernels.attend(
             queries.data_ptr(),
             cache.data_ptr(),
-            pages.rows.data_ptr() + at,
-            pages.starts.data_ptr() + at,
+            pages.rows.data_ptr(),
+            pages.starts.data_ptr(),
             pages.blocks.data_ptr(),
-            pages.last_tokens.data_ptr() + at,
+            pages.last_tokens.data_ptr(),
             self._readers.data_ptr(),
             self._reader_starts.data_ptr(),
             out.data_ptr(),
-            num,
+            len(pages.last_tokens),
             self._heads.num_q,
             self._heads.num_kv,
             self.config.head_dim,
             self.kv_cache.block_size,
             cache.shape[1],
         )
+        return out
 
     def gate(self, both: Tensor) -> Tensor:
         num_columns = both.shape[1] // 2
@@ -182,10 +161,6 @@ class NativeDecoder(Decoder):
             self.config.rms_eps,
         )
         return out
-
-
-def _by_matmul(chunk: PrefillChunk) -> bool:
-    return chunk.stop - chunk.start >= MATMUL_QUERIES and chunk.num_keys >= MATMUL_KEYS
 
 
 def _int32(values: Sequence[int]) -> Tensor:

@@ -96,21 +96,6 @@ inline void by_lanes(int64_t num, Work work) {
     if (i < num) work(i, Some{num - i});
 }
 
-// Lane t of the result is the sum of all lanes of x[t], which is used up.
-inline Floats sums_of(Floats* x) {
-    for (int i = 0; i < 8; ++i)
-        x[i] = __builtin_shufflevector(x[i], x[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-               __builtin_shufflevector(x[i], x[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    for (int i = 0; i < 4; ++i)
-        x[i] = __builtin_shufflevector(x[i], x[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-               __builtin_shufflevector(x[i], x[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    for (int i = 0; i < 2; ++i)
-        x[i] = __builtin_shufflevector(x[i], x[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-               __builtin_shufflevector(x[i], x[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    return __builtin_shufflevector(x[0], x[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-           __builtin_shufflevector(x[0], x[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-}
-
 inline float sum_of(Floats x) {
     float sum = 0.f;
     for (int i = 0; i < kLanes; ++i) sum += x[i];
@@ -204,11 +189,122 @@ void rotate_store(const T* q, const T* kv, const T* q_norm, const T* k_norm, con
     }
 }
 
-constexpr int64_t kTileVectors = 16;
+// Products of rows are summed over words of 32 bits: a float, or, where the CPU can, two neighbours in bfloat16.
+template <class T>
+struct InWords {
+    static constexpr int64_t kTerms = 1;  // in a word
 
-// Some consecutive tokens of one sequence, and the q heads that read one KV head: `num_vectors` queries in all.
+    template <class Lanes>
+    static Floats take(const T* from, Lanes lanes) {
+        return load(from, lanes);
+    }
+
+    static Floats add_product(Floats sum, Floats a, Floats b) { return sum + a * b; }
+
+    // Of `kTerms` rows, words that have their terms from one row -> words that have one from each.
+    static void interleave(const Floats* rows, float* to) { store(to, rows[0]); }
+
+    static void put(float* row, int64_t first, Floats x) { store(row + first, x); }
+};
+
+#ifdef __AVX512BF16__
+
+template <>
+struct InWords<BFloat16> {
+    static constexpr int64_t kTerms = 2;
+    typedef uint16_t Terms __attribute__((vector_size(4 * kLanes)));
+
+    template <class Lanes>
+    static Floats take(const BFloat16* from, Lanes lanes) {
+        return load(reinterpret_cast<const float*>(from), lanes);
+    }
+
+    static Floats add_product(Floats sum, Floats a, Floats b) {
+        return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+    }
+
+    static void interleave(const Floats* rows, float* to) {
+        const Terms a = (Terms)rows[0], b = (Terms)rows[1];
+        store(to, (Floats)__builtin_shufflevector(a, b, 0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39,  //
+                                                  8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47));
+        store(to + kLanes,
+              (Floats)__builtin_shufflevector(a, b, 16, 48, 17, 49, 18, 50, 19, 51, 20, 52, 21, 53, 22, 54, 23, 55,  //
+                                              24, 56, 25, 57, 26, 58, 27, 59, 28, 60, 29, 61, 30, 62, 31, 63));
+    }
+
+    static void put(float* row, int64_t first, Floats x) { store(reinterpret_cast<BFloat16*>(row) + first, x); }
+};
+
+#endif
+
+inline Floats everywhere(const float* word) {  // its bits, which need not be a float's
+    int32_t bits;
+    std::memcpy(&bits, word, sizeof bits);
+    return (Floats)(Ints{} + bits);
+}
+
+// out[v] += sum over words w of b[v][w] * a[w], for V vectors of D times `kLanes` lanes.
+template <class T, int V, int D>
+inline void add_products(const float* a, int64_t a_width, const float* b, int64_t b_width, int64_t num_words,
+                         float* out, int64_t out_width) {
+    Floats sums[V][D];
+    for (int v = 0; v < V; ++v)
+        for (int d = 0; d < D; ++d) sums[v][d] = load(out + v * out_width + d * kLanes);
+    for (int64_t w = 0; w < num_words; ++w) {
+        Floats lanes[D];
+        for (int d = 0; d < D; ++d) lanes[d] = load(a + w * a_width + d * kLanes);
+        for (int v = 0; v < V; ++v) {
+            const Floats word = everywhere(b + v * b_width + w);
+            for (int d = 0; d < D; ++d) sums[v][d] = InWords<T>::add_product(sums[v][d], lanes[d], word);
+        }
+    }
+    for (int v = 0; v < V; ++v)
+        for (int d = 0; d < D; ++d) store(out + v * out_width + d * kLanes, sums[v][d]);
+}
+
+// As above for any number of vectors: V at a time, then the rest.
+template <class T, int V, int D>
+inline void add_products_of(int64_t num_vectors, const float* a, int64_t a_width, const float* b, int64_t b_width,
+                            int64_t num_words, float* out, int64_t out_width) {
+    int64_t v = 0;
+    for (; v + V <= num_vectors; v += V)
+        add_products<T, V, D>(a, a_width, b + v * b_width, b_width, num_words, out + v * out_width, out_width);
+    if constexpr (V > 1)
+        if (v < num_vectors)
+            add_products_of<T, V / 2, D>(num_vectors - v, a, a_width, b + v * b_width, b_width, num_words,
+                                         out + v * out_width, out_width);
+}
+
+inline void transpose(Floats* x) {  // 16 x 16: swaps a bit of the row's number with that of the lane's, bit by bit
+    for (int i = 0; i < 8; ++i) {
+        const Floats a = x[i], b = x[i + 8];
+        x[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        x[i + 8] = __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+    for (int i = 0; i < 16; i += i % 4 == 3 ? 5 : 1) {
+        const Floats a = x[i], b = x[i + 4];
+        x[i] = __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+        x[i + 4] = __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    }
+    for (int i = 0; i < 16; i += i % 2 ? 3 : 1) {
+        const Floats a = x[i], b = x[i + 2];
+        x[i] = __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+        x[i + 2] = __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+    for (int i = 0; i < 16; i += 2) {
+        const Floats a = x[i], b = x[i + 1];
+        x[i] = __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+        x[i + 1] = __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    }
+}
+
+constexpr int64_t kTileVectors = 16, kTileTokens = 2 * kLanes;
+
+// Some consecutive tokens of one sequence, and the q heads that read one KV head.
 template <class T>
 struct Tile {
+    static constexpr int64_t kTerms = InWords<T>::kTerms;
+
     const T *q, *keys, *values;
     T* out;
     const int32_t *table, *heads;
@@ -219,101 +315,104 @@ struct Tile {
         return ((first_row + vector / num_heads) * num_q + heads[vector % num_heads]) * head_dim;
     }
 
-    // Keys or values of `kLanes` tokens from `first` on, `width` floats each; zeros behind the last token.
-    void take(const T* plane, int64_t first, float* to, int64_t width) const {
-        const int64_t num = num_keys - first < kLanes ? num_keys - first : kLanes;
-        std::memset(to + num * width, 0, (kLanes - num) * width * sizeof(float));
-        int64_t block = first / block_size, place = first % block_size;
-        for (int64_t taken = 0; taken < num; ++block, place = 0) {
-            const int64_t left = num - taken, stop = taken + (block_size - place < left ? block_size - place : left);
+    // Rows of a plane, of `kTileTokens` tokens from `first` on; null behind the last token.
+    void find(const T* plane, int64_t first, const T** rows) const {
+        const int64_t num = num_keys - first < kTileTokens ? num_keys - first : kTileTokens;
+        int64_t block = first / block_size, place = first % block_size, t = 0;
+        for (; t < num; ++block, place = 0) {
             const T* from = plane + (table[block] * block_size + place) * head_dim;
-            for (; taken < stop; ++taken, from += head_dim, to += width)
-                by_lanes(head_dim, [&](int64_t d, auto lanes) { store(to + d, load(from + d, lanes)); });
+            const int64_t stop = t + (block_size - place < num - t ? block_size - place : num - t);
+            for (; t < stop; ++t, from += head_dim) rows[t] = from;
         }
+        for (; t < kTileTokens; ++t) rows[t] = nullptr;
+    }
+
+    // Keys of the tokens from `first` on: `kTileTokens` lanes for each word of a key.
+    void take_keys(int64_t first, float* to) const {
+        const T* rows[kTileTokens];
+        find(keys, first, rows);
+        for (int64_t half = 0; half < kTileTokens; half += kLanes)
+            by_lanes(head_dim / kTerms, [&](int64_t word, auto lanes) {
+                Floats x[kLanes];
+                for (int64_t t = 0; t < kLanes; ++t)
+                    x[t] = rows[half + t] ? InWords<T>::take(rows[half + t] + word * kTerms, lanes) : Floats{};
+                transpose(x);
+                for (int64_t i = 0; i < kLanes; ++i) store(to + (word + i) * kTileTokens + half, x[i]);
+            });
+    }
+
+    // Values of the tokens from `first` on: `width` lanes for each word of tokens.
+    void take_values(int64_t first, float* to, int64_t width) const {
+        const T* rows[kTileTokens];
+        find(values, first, rows);
+        for (int64_t t = 0; t < kTileTokens; t += kTerms, to += width)
+            by_lanes(head_dim / kTerms, [&](int64_t word, auto lanes) {
+                Floats x[kTerms];
+                for (int64_t i = 0; i < kTerms; ++i)
+                    x[i] = rows[t + i] ? InWords<T>::take(rows[t + i] + word * kTerms, lanes) : Floats{};
+                InWords<T>::interleave(x, to + word * kTerms);
+            });
     }
 };
 
-// out[v] += sum over `kLanes` tokens of weights[v][t] * values[t], of V vectors and D times `kLanes` dimensions.
-template <int V, int D>
-inline void add_values(const float* weights, int64_t num_weights, const float* values, float* out, int64_t width) {
-    Floats sums[V][D];
-    for (int v = 0; v < V; ++v)
-        for (int d = 0; d < D; ++d) sums[v][d] = load(out + v * width + d * kLanes);
-    for (int64_t t = 0; t < kLanes; ++t)
-        for (int d = 0; d < D; ++d) {
-            const Floats value = load(values + t * width + d * kLanes);
-            for (int v = 0; v < V; ++v) sums[v][d] += weights[v * num_weights + t] * value;
-        }
-    for (int v = 0; v < V; ++v)
-        for (int d = 0; d < D; ++d) store(out + v * width + d * kLanes, sums[v][d]);
-}
+inline int64_t rounded_up(int64_t num, int64_t multiple) { return (num + multiple - 1) / multiple * multiple; }
 
-template <int V>
-inline void add_values(const float* weights, int64_t num_weights, const float* values, float* out, int64_t width) {
-    int64_t d = 0;
-    for (; d + 4 * kLanes <= width; d += 4 * kLanes)
-        add_values<V, 4>(weights, num_weights, values + d, out + d, width);
-    for (; d < width; d += kLanes) add_values<V, 1>(weights, num_weights, values + d, out + d, width);
+// Of a row of scores: e to the power of each, times `scale` and less the largest, for the first `num`; 0 for the others.
+// As words, in place. Returns their sum.
+template <class T>
+inline float exponentials(float* row, int64_t num, int64_t width, float scale) {
+    for (int64_t t = num; t < width; ++t) row[t] = -INFINITY;
+    Floats most = load(row), sum{};
+    for (int64_t t = kLanes; t < width; t += kLanes) most = load(row + t) > most ? load(row + t) : most;
+    float largest = most[0];
+    for (int i = 1; i < kLanes; ++i) largest = most[i] > largest ? most[i] : largest;
+    for (int64_t t = 0; t < width; t += kLanes) {
+        const Floats score = load(row + t), power = exp_of((score - largest) * scale);
+        const Floats x = score == -INFINITY ? Floats{} : power;
+        InWords<T>::put(row, t, x);
+        sum += x;
+    }
+    return sum_of(sum);
 }
 
 template <class T>
 void attend_tile(const Tile<T>& tile, std::vector<float>& scratch) {
-    const int64_t num_vectors = tile.num_rows * tile.num_heads, hd = tile.head_dim;
-    const int64_t width = (hd + kLanes - 1) / kLanes * kLanes, num_weights = (tile.num_keys + kLanes - 1) / kLanes * kLanes;
-    scratch.resize(num_vectors * (2 * width + num_weights) + kLanes * width);
-    float *queries = scratch.data(), *outs = queries + num_vectors * width, *taken = outs + num_vectors * width;
-    float* weights = taken + kLanes * width;
-    const float scale = 1.f / std::sqrt(static_cast<float>(hd));
+    constexpr int64_t kTerms = InWords<T>::kTerms;
+    const int64_t num_vectors = tile.num_rows * tile.num_heads, num_words = tile.head_dim / kTerms;
+    const int64_t width = rounded_up(tile.head_dim, kTerms * kLanes), num_scores = rounded_up(tile.num_keys, kTileTokens);
+    scratch.resize(num_vectors * (2 * width + num_scores) + kTileTokens * width);
+    float *queries = scratch.data(), *taken = queries + num_vectors * width, *outs = taken + kTileTokens * width;
+    float* scores = outs + num_vectors * width;
+    std::memset(outs, 0, num_vectors * (width + num_scores) * sizeof(float));
+
     for (int64_t v = 0; v < num_vectors; ++v)
-        by_lanes(hd, [&](int64_t d, auto lanes) {
-            store(queries + v * width + d, load(tile.q + tile.place_of(v) + d, lanes) * scale);
+        by_lanes(num_words, [&](int64_t word, auto lanes) {
+            store(queries + v * width + word, InWords<T>::take(tile.q + tile.place_of(v) + word * kTerms, lanes));
         });
-
-    for (int64_t first = 0; first < num_weights; first += kLanes) {
-        tile.take(tile.keys, first, taken, width);
-        for (int64_t v = 0; v < num_vectors; ++v) {
-            Floats products[kLanes] = {};
-            for (int64_t d = 0; d < width; d += kLanes) {
-                const Floats query = load(queries + v * width + d);
-                for (int t = 0; t < kLanes; ++t) products[t] += query * load(taken + t * width + d);
-            }
-            store(weights + v * num_weights + first, sums_of(products));
-        }
+    for (int64_t first = 0; first < num_scores; first += kTileTokens) {
+        tile.take_keys(first, taken);
+        add_products_of<T, 8, 2>(num_vectors, taken, kTileTokens, queries, width, num_words, scores + first, num_scores);
     }
-
+    float shares[kTileVectors > 64 ? kTileVectors : 64];
     for (int64_t v = 0; v < num_vectors; ++v) {
-        float* row = weights + v * num_weights;
         const int64_t seen = tile.num_keys - (tile.num_rows - 1 - v / tile.num_heads);
-        for (int64_t t = seen; t < num_weights; ++t) row[t] = -INFINITY;
-        Floats most = load(row), sum{};
-        for (int64_t t = kLanes; t < num_weights; t += kLanes) most = load(row + t) > most ? load(row + t) : most;
-        float largest = most[0];
-        for (int i = 1; i < kLanes; ++i) largest = most[i] > largest ? most[i] : largest;
-        for (int64_t t = 0; t < num_weights; t += kLanes) {
-            const Floats x = exp_of(load(row + t) - largest);
-            store(row + t, x);
-            sum += x;
-        }
-        for (int64_t t = seen; t < num_weights; ++t) row[t] = 0.f;  // in `sum` they are 1e-38 each, and one is 1
-        const float share = 1.f / sum_of(sum);
-        for (int64_t t = 0; t < num_weights; t += kLanes) store(row + t, load(row + t) * share);
+        const float scale = 1.f / std::sqrt(static_cast<float>(tile.head_dim));
+        shares[v] = 1.f / exponentials<T>(scores + v * num_scores, seen, num_scores, scale);
     }
-
-    std::memset(outs, 0, num_vectors * width * sizeof(float));
-    for (int64_t first = 0; first < num_weights; first += kLanes) {
-        tile.take(tile.values, first, taken, width);
-        const float* row = weights + first;
-        int64_t v = 0;
-        for (; v + 4 <= num_vectors; v += 4)
-            add_values<4>(row + v * num_weights, num_weights, taken, outs + v * width, width);
-        for (; v + 2 <= num_vectors; v += 2)
-            add_values<2>(row + v * num_weights, num_weights, taken, outs + v * width, width);
-        for (; v < num_vectors; ++v)
-            add_values<1>(row + v * num_weights, num_weights, taken, outs + v * width, width);
+    for (int64_t first = 0; first < num_scores; first += kTileTokens) {
+        tile.take_values(first, taken, width);
+        const float* weights = scores + first / kTerms;
+        int64_t d = 0;
+        for (; d + 4 * kLanes <= width; d += 4 * kLanes)
+            add_products_of<T, 4, 4>(num_vectors, taken + d, width, weights, num_scores, kTileTokens / kTerms, outs + d,
+                                     width);
+        for (; d < width; d += kLanes)
+            add_products_of<T, 8, 1>(num_vectors, taken + d, width, weights, num_scores, kTileTokens / kTerms, outs + d,
+                                     width);
     }
     for (int64_t v = 0; v < num_vectors; ++v)
-        by_lanes(hd, [&](int64_t d, auto lanes) {
-            store(tile.out + tile.place_of(v) + d, load(outs + v * width + d), lanes);
+        by_lanes(tile.head_dim, [&](int64_t d, auto lanes) {
+            store(tile.out + tile.place_of(v) + d, load(outs + v * width + d) * shares[v], lanes);
         });
 }
 
