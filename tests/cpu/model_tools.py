@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from anchortp.config import load_model_config
+from anchortp.config import cache_folder, load_model_config
 from anchortp.layout import (
     ATTENTION,
     EVERY_FAMILY,
@@ -32,7 +32,8 @@ from anchortp.layout import (
     initial_layout,
     model_units,
 )
-from anchortp.model import Decoder, ForwardBatch, KVCache, WeightViews
+from anchortp.model import Decoder, ForwardBatch, Kernels, KVCache, NativeDecoder, WeightViews
+from anchortp.native import build_kernels
 from anchortp.transfer.checkpoint import Checkpoint
 from anchortp.transfer.loader import Item, load_replicated, load_units
 
@@ -194,9 +195,12 @@ def shard_items(shard: Shard) -> list[Item]:
 class TPGroup:
     """Every rank of a layout, each with arenas of its own, in one process. Use as a context manager."""
 
-    def __init__(self, folder: Path, units: ModelUnits, layout: Layout, block_size: int, num_blocks: int):
+    def __init__(
+        self, folder: Path, units: ModelUnits, layout: Layout, block_size: int, num_blocks: int, kernels: str = "torch"
+    ):
         layout.check(units)
         self.units = units
+        self._kernels = native_kernels(units.config.dtype) if kernels == "native" else None
         self.layout = layout
         self.block_size = block_size
         self.num_blocks = num_blocks
@@ -220,7 +224,9 @@ class TPGroup:
             if shard.device in self._decoders:
                 self._decoders[shard.device].rebind(self.layout, rank, *self.views(shard))
             else:
-                self._decoders[shard.device] = Decoder(self.units, self.layout, rank, *self.views(shard), MAX_LEN)
+                parts = (self.units, self.layout, rank, *self.views(shard), MAX_LEN)
+                native = self._kernels
+                self._decoders[shard.device] = NativeDecoder(*parts, kernels=native) if native else Decoder(*parts)
         self.decoders = [self._decoders[device] for device in self.layout.devices]
         self._pool = ThreadPoolExecutor(len(self.decoders))
 
@@ -275,12 +281,18 @@ def load_group(
     dtype: str = "auto",
     expert_cut: str = "experts",
     panels: bool = False,
+    kernels: str = "torch",
 ) -> TPGroup:
-    """A `TPGroup` over the model in `folder`; `layout` may be a number of devices with equal shards."""
+    """A `TPGroup` over the model in `folder`; `layout` may be a number of devices with equal shards. `kernels`:
+    "torch" or "native"."""
     units = model_units(replace(load_model_config(folder, dtype, expert_cut), panels=panels))
     if isinstance(layout, int):
         layout = initial_layout(units, devices(layout))
-    return TPGroup(folder, units, layout, block_size, num_blocks)
+    return TPGroup(folder, units, layout, block_size, num_blocks, kernels)
+
+
+def native_kernels(dtype: str) -> Kernels:
+    return Kernels(str(build_kernels(cache_folder() / "kernels")), dtype)
 
 
 def devices(num_devices: int) -> list[str]:

@@ -48,16 +48,16 @@ def test_models_come_in_one_file_and_in_many(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(("kind", "degree"), DEGREES)
-def test_every_degree(folders: dict[str, Path], kind: str, degree: int) -> None:
-    with load_group(folders[kind], degree) as group:
+def test_every_degree(folders: dict[str, Path], kind: str, degree: int, kernels: str) -> None:
+    with load_group(folders[kind], degree, kernels=kernels) as group:
         assert len(group.decoders) == degree
         check_group(folders[kind], group, random.Random(degree))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_whole_prompt(folders: dict[str, Path], kind: str) -> None:
+def test_whole_prompt(folders: dict[str, Path], kind: str, kernels: str) -> None:
     rng = random.Random(kind)
-    with load_group(folders[kind], 2) as group:
+    with load_group(folders[kind], 2, kernels=kernels) as group:
         tokens = tuple(rng.randrange(101) for _ in range(100))  # more than one tile of queries
         table = scrambled_tables(1, group, rng)[0]
         logits = group.forward([Entry(token_ids=tokens, start=0, block_ids=table)])
@@ -65,16 +65,16 @@ def test_whole_prompt(folders: dict[str, Path], kind: str) -> None:
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("alone", [False, True], ids=["together", "alone"])
+@pytest.mark.parametrize("how", ["together", "alone", "native"])
 @pytest.mark.parametrize("seed", range(12))
-def test_random_layouts(folders: dict[str, Path], seed: int, alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    if alone:  # short chunks as long ones do
+def test_random_layouts(folders: dict[str, Path], seed: int, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "alone":  # short chunks as long ones do
         monkeypatch.setattr("anchortp.model.decoder.SHORT_CHUNK_TOKENS", 0)
     rng = random.Random(seed)
     kind = sorted(KINDS)[seed % len(KINDS)]
     units = model_units(load_model_config(folders[kind]))
     layout = random_layout(units, rng.randint(2, 5), rng)
-    with load_group(folders[kind], layout) as group:
+    with load_group(folders[kind], layout, kernels="native" if how == "native" else "torch") as group:
         check_group(folders[kind], group, rng)
 
 
@@ -94,16 +94,16 @@ def test_random_layouts_are_irregular(folders: dict[str, Path]) -> None:
     assert seen == {"no attention", "no mlp", "no vocab", "ragged"}
 
 
-def test_weighted_speeds(folders: dict[str, Path]) -> None:
+def test_weighted_speeds(folders: dict[str, Path], kernels: str) -> None:
     units = model_units(load_model_config(folders["llama"]))
     speeds = {"cpu:0": 3.0, "cpu:1": 1.0, "cpu:2": 0.1}
     layout = initial_layout(units, devices(3), speeds)
     assert not layout["cpu:2"][ATTENTION]
-    with load_group(folders["llama"], layout) as group:
+    with load_group(folders["llama"], layout, kernels=kernels) as group:
         check_group(folders["llama"], group, random.Random(1))
 
 
-def test_rebind_keeps_what_survives(folders: dict[str, Path]) -> None:
+def test_rebind_keeps_what_survives(folders: dict[str, Path], kernels: str) -> None:
     """A shrink by hand: the survivors' slots stay, the lost units are appended and alone are loaded."""
     folder = folders["qwen3"]
     units = model_units(load_model_config(folder))
@@ -118,19 +118,19 @@ def test_rebind_keeps_what_survives(folders: dict[str, Path]) -> None:
         grown["kv"] += [kv for kv in needed if kv not in grown["kv"]]
         shards.append(shard_from_dict(shard.device, grown))
         items[shard.device] = [item for item in shard_items(shards[-1]) if item not in shard_items(shard)]
-    with load_group(folder, before) as group:
+    with load_group(folder, before, kernels=kernels) as group:
         check_group(folder, group, random.Random(2))
         group.rebind(Layout(shards=tuple(shards)), items)
         check_group(folder, group, random.Random(3))
 
 
 @pytest.mark.parametrize("kind", ["llama", "llama3-rope", "qwen3"])
-def test_after_every_shrink_of_a_random_sequence_of_losses(folders: dict[str, Path], kind: str) -> None:
+def test_after_every_shrink_of_a_random_sequence_of_losses(folders: dict[str, Path], kind: str, kernels: str) -> None:
     """The planner's own moves, one loss after another in random order and number, down to one device."""
     folder, rng = folders[kind], random.Random(kind)
     units = model_units(load_model_config(folder))
     layout = initial_layout(units, devices(units.config.num_q_heads))
-    with load_group(folder, layout) as group:
+    with load_group(folder, layout, kernels=kernels) as group:
         while len(layout.devices) > 1:
             lost = rng.sample(layout.devices, rng.randint(1, min(3, len(layout.devices) - 1)))
             plan = after_loss(units, layout, lost)
@@ -140,19 +140,23 @@ def test_after_every_shrink_of_a_random_sequence_of_losses(folders: dict[str, Pa
             layout = plan.after
 
 
-def test_decode_groups_of_very_different_lengths(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_groups_of_very_different_lengths(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kernels: str
+) -> None:
     monkeypatch.setattr(batch, "MAX_PADDING_TOKENS", 8)
-    with load_group(folders["llama"], 2) as group:
+    with load_group(folders["llama"], 2, kernels=kernels) as group:
         entries = [Entry(token_ids=(1,), start=s, block_ids=tuple(range(20))) for s in (0, 1, 30, 31)]
         assert len(ForwardBatch.build(entries, group.block_size).decode) == 2
         check_group(folders["llama"], group, random.Random(5), lengths=(6, 7, 40, 41, 42))
 
 
-def test_the_ends_of_many_sequences_at_once(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_ends_of_many_sequences_at_once(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, kernels: str
+) -> None:
     """As after a loss, when a mirror lacks the newest tokens: short chunks of many lengths, in two groups."""
     rng = random.Random(6)
     monkeypatch.setattr(batch, "MAX_PADDING_TOKENS", 20)
-    with load_group(folders["qwen3"], 3) as group:
+    with load_group(folders["qwen3"], 3, kernels=kernels) as group:
         prompts = [tuple(rng.randrange(101) for _ in range(n)) for n in (38, 5, 40, 33, 36, 20)]
         tables = scrambled_tables(len(prompts), group, rng)
         ends = (2, 5, 32, 1, 33, 7)  # tokens each: one of them decodes, one is a long chunk
@@ -171,18 +175,18 @@ def test_the_ends_of_many_sequences_at_once(folders: dict[str, Path], monkeypatc
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_only_sampled_entries_have_logits(folders: dict[str, Path]) -> None:
+def test_only_sampled_entries_have_logits(folders: dict[str, Path], kernels: str) -> None:
     tokens = (5, 6, 7)
-    with load_group(folders["llama"], 3) as group:
+    with load_group(folders["llama"], 3, kernels=kernels) as group:
         no, yes = (Entry(token_ids=tokens, start=0, block_ids=(block,), sample=block == 1) for block in range(2))
         assert group.forward([no]).shape == (0, 101)
         logits = group.forward([no, yes, no])
     torch.testing.assert_close(logits, reference_logits(folders["llama"], tokens)[-1:], atol=1e-4, rtol=1e-4)
 
 
-def test_a_sequence_reads_no_byte_of_another(folders: dict[str, Path]) -> None:
+def test_a_sequence_reads_no_byte_of_another(folders: dict[str, Path], kernels: str) -> None:
     """The cache is NaN wherever a sequence has not written: beside its last token, and in other blocks."""
-    with load_group(folders["llama"], 2, num_blocks=8) as group:
+    with load_group(folders["llama"], 2, num_blocks=8, kernels=kernels) as group:
         short = Entry(token_ids=(3,), start=0, block_ids=(7,))
         long = Entry(token_ids=tuple(range(9)), start=0, block_ids=(2, 5, 0))
         group.forward([short, long])
@@ -197,12 +201,12 @@ def test_a_sequence_reads_no_byte_of_another(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("degree", [1, 3])
-def test_bfloat16(folders: dict[str, Path], degree: int) -> None:
+def test_bfloat16(folders: dict[str, Path], degree: int, kernels: str) -> None:
     """Served in bfloat16, the logits stay near the float32 ones: rounding, not another function."""
     rng = random.Random(7)
     tokens = tuple(rng.randrange(101) for _ in range(60))
     expected = reference_logits(folders["llama"], tokens)
-    with load_group(folders["llama"], degree, dtype="bfloat16") as group:
+    with load_group(folders["llama"], degree, dtype="bfloat16", kernels=kernels) as group:
         table = scrambled_tables(1, group, rng)[0]
         prompt = group.forward([Entry(token_ids=tokens[:-1], start=0, block_ids=table)])
         decoded = group.forward([Entry(token_ids=tokens[-1:], start=59, block_ids=table)])

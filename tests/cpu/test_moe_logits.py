@@ -52,20 +52,20 @@ def with_replicas(layout: Layout, units: ModelUnits, rng: random.Random, count: 
 @pytest.mark.parametrize("expert_cut", CUTS)
 @pytest.mark.parametrize("degree", range(1, NUM_Q_HEADS + 1))
 @pytest.mark.parametrize("kind", MOE_KINDS)
-def test_every_degree(folders, kind, degree, expert_cut):
-    with load_group(folders[kind], degree, expert_cut=expert_cut) as group:
+def test_every_degree(folders, kind, degree, expert_cut, kernels):
+    with load_group(folders[kind], degree, expert_cut=expert_cut, kernels=kernels) as group:
         assert len(group.decoders) == degree
         check_group(folders[kind], group, random.Random(degree))
 
 
 @pytest.mark.parametrize("expert_cut", CUTS)
 @pytest.mark.parametrize("seed", range(8))
-def test_random_layouts(folders, seed, expert_cut):
+def test_random_layouts(folders, seed, expert_cut, kernels):
     """Devices without an expert of some layer, or of any; experts in any slots; some of them twice or more."""
     rng = random.Random(seed)
     kind = sorted(MOE_KINDS)[seed % len(MOE_KINDS)]
     layout = random_layout(units_of(folders[kind], expert_cut), rng.randint(2, 5), rng, num_replicas=seed)
-    with load_group(folders[kind], layout, expert_cut=expert_cut) as group:
+    with load_group(folders[kind], layout, expert_cut=expert_cut, kernels=kernels) as group:
         check_group(folders[kind], group, rng)
 
 

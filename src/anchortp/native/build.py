@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
+import tempfile
 from functools import lru_cache
 from pathlib import Path
 
@@ -46,20 +48,18 @@ def cpu_flags() -> frozenset[str]:
 
 
 def _compile(library: Path) -> None:
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or list(filter(None, map(shutil.which, COMPILERS)))[:1]
+    if not compiler:
         raise ConfigError(f"no C++ compiler was found ({', '.join(COMPILERS)}); install one, or set CXX.")
-    library.parent.mkdir(parents=True, exist_ok=True)
-    compiled, linked = (library.with_suffix(f".{os.getpid()}.{kind}") for kind in ("o", "so"))
     try:
-        _run([*compiler.split(), *FLAGS, OPENMP, "-c", str(SOURCE), "-o", str(compiled)])
-        _run([*compiler.split(), "-shared", str(compiled), "-o", str(linked)])
-        os.replace(linked, library)  # whole or not at all, whoever else compiles at this moment
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent, prefix="making-") as folder:
+            compiled, linked = Path(folder, "kernels.o"), Path(folder, "kernels.so")
+            _run([*compiler, *FLAGS, OPENMP, "-c", str(SOURCE), "-o", str(compiled)])
+            _run([*compiler, "-shared", str(compiled), "-o", str(linked)])
+            os.replace(linked, library)  # whole or not at all, whoever else compiles at this moment
     except OSError as error:
         raise ConfigError(f"the kernels cannot be compiled: {error}.") from error
-    finally:
-        compiled.unlink(missing_ok=True)
-        linked.unlink(missing_ok=True)
 
 
 def _run(command: list[str]) -> None:

@@ -15,7 +15,7 @@
 
 namespace {
 
-constexpr int64_t kLanes = 16;
+constexpr int64_t kLanes = 16, kLineBytes = 64;
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
@@ -327,10 +327,21 @@ struct Tile {
         for (; t < kTileTokens; ++t) rows[t] = nullptr;
     }
 
-    // Keys of the tokens from `first` on: `kTileTokens` lanes for each word of a key.
-    void take_keys(int64_t first, float* to) const {
+    // Asks memory for values that are taken soon: a sequence's blocks lie anywhere.
+    void ask_for_values(int64_t first) const {
+        const T* rows[kTileTokens];
+        find(values, first, rows);
+        for (int64_t t = 0; t < kTileTokens && rows[t]; ++t)
+            for (int64_t d = 0; d < head_dim; d += kLineBytes / sizeof(T)) __builtin_prefetch(rows[t] + d);
+    }
+
+    // Keys of the tokens from `first` on: `kTileTokens` lanes for each word of a key. They are copied to `near` first:
+    // memory gives them faster in the order in which they lie than in the one in which they are wanted.
+    void take_keys(int64_t first, float* to, T* near) const {
         const T* rows[kTileTokens];
         find(keys, first, rows);
+        for (int64_t t = 0; t < kTileTokens && rows[t]; ++t, near += head_dim)
+            rows[t] = static_cast<const T*>(std::memcpy(near, rows[t], head_dim * sizeof(T)));
         for (int64_t half = 0; half < kTileTokens; half += kLanes)
             by_lanes(head_dim / kTerms, [&](int64_t word, auto lanes) {
                 Floats x[kLanes];
@@ -380,9 +391,10 @@ void attend_tile(const Tile<T>& tile, std::vector<float>& scratch) {
     constexpr int64_t kTerms = InWords<T>::kTerms;
     const int64_t num_vectors = tile.num_rows * tile.num_heads, num_words = tile.head_dim / kTerms;
     const int64_t width = rounded_up(tile.head_dim, kTerms * kLanes), num_scores = rounded_up(tile.num_keys, kTileTokens);
-    scratch.resize(num_vectors * (2 * width + num_scores) + kTileTokens * width);
-    float *queries = scratch.data(), *taken = queries + num_vectors * width, *outs = taken + kTileTokens * width;
-    float* scores = outs + num_vectors * width;
+    scratch.resize(num_vectors * (2 * width + num_scores) + 2 * kTileTokens * width);
+    float *queries = scratch.data(), *taken = queries + num_vectors * width, *copy = taken + kTileTokens * width;
+    float *outs = copy + kTileTokens * width, *scores = outs + num_vectors * width;
+    T* near = reinterpret_cast<T*>(copy);
     std::memset(outs, 0, num_vectors * (width + num_scores) * sizeof(float));
 
     for (int64_t v = 0; v < num_vectors; ++v)
@@ -390,10 +402,11 @@ void attend_tile(const Tile<T>& tile, std::vector<float>& scratch) {
             store(queries + v * width + word, InWords<T>::take(tile.q + tile.place_of(v) + word * kTerms, lanes));
         });
     for (int64_t first = 0; first < num_scores; first += kTileTokens) {
-        tile.take_keys(first, taken);
+        tile.ask_for_values(first);
+        tile.take_keys(first, taken, near);
         add_products_of<T, 8, 2>(num_vectors, taken, kTileTokens, queries, width, num_words, scores + first, num_scores);
     }
-    float shares[kTileVectors > 64 ? kTileVectors : 64];
+    std::vector<float> shares(num_vectors);
     for (int64_t v = 0; v < num_vectors; ++v) {
         const int64_t seen = tile.num_keys - (tile.num_rows - 1 - v / tile.num_heads);
         const float scale = 1.f / std::sqrt(static_cast<float>(tile.head_dim));
