@@ -44,9 +44,7 @@ GROUP_TIMEOUT_S = 300.0
 PHASES = {  # method of the decoder -> what it is called here
     "prepare": "prepare",
     "embed": "embed",
-    "_norm": "norms",
     "add_norm": "norms",
-    "gate": "gate",
     "_rotate_store": "q, k, v",
     "_attend": "attend",
     "_project": "q, k, v",
@@ -234,7 +232,7 @@ class Clock:
 def make_decoder(folder: Path, config: ModelConfig, case: Case, rank: int) -> Any:
     import torch
 
-    from anchortp.model import Decoder, Kernels, KVCache, NativeDecoder, WeightViews
+    from anchortp.model import Decoder, KVCache, NativeDecoder, NativeKernels, WeightViews
     from anchortp.transfer.checkpoint import Checkpoint
     from anchortp.transfer.loader import load_replicated, load_units
 
@@ -256,7 +254,7 @@ def make_decoder(folder: Path, config: ModelConfig, case: Case, rank: int) -> An
     if case.kernels == "torch":
         return Decoder(*common)
     library = str(build_kernels(cache_folder() / "kernels"))
-    return NativeDecoder(*common, kernels=Kernels(library, config.dtype))
+    return NativeDecoder(*common, kernels=NativeKernels(library, config.dtype))
 
 
 def entry(index: int, case: Case) -> ScheduledSeq:

@@ -32,7 +32,7 @@ from anchortp.layout import (
     initial_layout,
     model_units,
 )
-from anchortp.model import Decoder, ForwardBatch, Kernels, KVCache, NativeDecoder, WeightViews
+from anchortp.model import Decoder, ForwardBatch, KVCache, NativeDecoder, NativeKernels, WeightViews
 from anchortp.native import build_kernels
 from anchortp.transfer.checkpoint import Checkpoint
 from anchortp.transfer.loader import Item, load_replicated, load_units
@@ -291,8 +291,8 @@ def load_group(
     return TPGroup(folder, units, layout, block_size, num_blocks, kernels)
 
 
-def native_kernels(dtype: str) -> Kernels:
-    return Kernels(str(build_kernels(cache_folder() / "kernels")), dtype)
+def native_kernels(dtype: str) -> NativeKernels:
+    return NativeKernels(str(build_kernels(cache_folder() / "kernels")), dtype)
 
 
 def devices(num_devices: int) -> list[str]:

@@ -80,7 +80,9 @@ def test_norm_is_that_of_transformers(dtype: str) -> None:
     wide = x.float()
     expected = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + ours.rms_eps)).to(x.dtype)
     before = x.clone()
-    torch.testing.assert_close(decoder._norm(x, weight), expected, atol=0, rtol=1e-6 if dtype == "float32" else 0)
+    torch.testing.assert_close(
+        decoder.add_norm(x, None, weight), expected, atol=0, rtol=1e-6 if dtype == "float32" else 0
+    )
     assert torch.equal(x, before)
 
 

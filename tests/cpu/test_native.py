@@ -17,9 +17,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from anchortp.config import cache_folder, resolve_engine_config
+from anchortp.config import cache_folder, reads_panels, resolve_engine_config
 from anchortp.errors import ConfigError
-from anchortp.model import Kernels
+from anchortp.model import NativeKernels
+from anchortp.model.native import FEW_ROWS
+from anchortp.model.panels import across
 from anchortp.native import build, build_kernels
 from tests.tiny_model import write_model
 
@@ -34,7 +36,7 @@ def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         return str(build_kernels(cache_folder() / "kernels"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "FLAGS", tuple(PLAIN if f == "-march=native" else f for f in build.FLAGS))
-        return str(build_kernels(tmp_path_factory.mktemp("kernels")))
+        return str(build_kernels(tmp_path_factory.mktemp("plain")))
 
 
 def close(found: Tensor, expected: Tensor) -> None:
@@ -69,7 +71,9 @@ def test_residual_and_norm(library: str, dtype: str, rows: int, hidden: int, has
     sums = x + more if has_more else x.clone()
     out, out_whole = fenced(torch.zeros_like(x))
     more_at = more.data_ptr() if has_more else None
-    Kernels(library, dtype).add_norm(x.data_ptr(), more_at, weight.data_ptr(), out.data_ptr(), rows, hidden, 1e-5)
+    NativeKernels(library, dtype).call.add_norm(
+        x.data_ptr(), more_at, weight.data_ptr(), out.data_ptr(), rows, hidden, 1e-5
+    )
     assert torch.equal(x, sums), "the residual stream is what torch's addition makes of it, bit for bit"
     close(out, F.rms_norm(sums.double(), (hidden,), None, 1e-5) * weight.double())
     assert fence_stands(whole) and fence_stands(out_whole)
@@ -81,7 +85,7 @@ def test_residual_and_norm(library: str, dtype: str, rows: int, hidden: int, has
 def test_gate(library: str, dtype: str, blocks: int, block: int, seed: int, scale: float) -> None:
     both = random_rows(seed, blocks, 2, block, dtype=dtype, scale=scale)
     out, whole = fenced(torch.zeros(blocks, block, dtype=both.dtype))
-    Kernels(library, dtype).silu_mul(both.data_ptr(), out.data_ptr(), blocks, block)
+    NativeKernels(library, dtype).call.silu_mul(both.data_ptr(), out.data_ptr(), blocks, block)
     close(out, F.silu(both[:, 0].double()) * both[:, 1].double())
     assert fence_stands(whole)
 
@@ -105,7 +109,7 @@ def test_rotation_and_new_rows_of_the_cache(
     out, out_whole = fenced(torch.zeros_like(q))
     given_norms = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
     at = [t.data_ptr() for t in (positions, cos, sin, slots, cache, out)]
-    kernel = Kernels(library, dtype).rotate_store
+    kernel = NativeKernels(library, dtype).call.rotate_store
     kernel(q.data_ptr(), kv.data_ptr(), *given_norms, *at, rows, num_q, num_kv, hd, tokens, 1e-5)
 
     def turned(x: Tensor, which: int) -> Tensor:
@@ -123,6 +127,24 @@ def test_rotation_and_new_rows_of_the_cache(
     others = [slot for slot in range(tokens) if slot not in slots.tolist()]
     assert torch.equal(cache[:, others], before[:, others])
     assert fence_stands(whole) and fence_stands(out_whole)
+
+
+@pytest.mark.skipif(not reads_panels(), reason="no panels are known for this CPU")
+@given(st.integers(1, FEW_ROWS + 3), st.integers(1, 4), st.integers(1, 5), st.integers(0, 99))
+@few
+def test_matrices_in_panels(library: str, rows: int, num_panels: int, columns: int, seed: int) -> None:
+    """As they lie in the arena, and as copies across; with few rows and with many."""
+    plain = random_rows(seed, 64 * num_panels, 32 * columns, dtype="bfloat16", scale=0.2)
+    x = random_rows(seed + 1, rows, 32 * columns, dtype="bfloat16")
+    kernels, panels = NativeKernels(library, "bfloat16"), across(plain.t().contiguous())
+    assert panels is not None and (kernels._linear is None) == ("plain0" in library)
+    expected = x.double() @ plain.double().T
+    close(kernels.linear(x, panels), expected)
+    close(kernels.times(x, panels), expected)
+    out, whole = fenced(torch.zeros(rows, 64 * num_panels, dtype=torch.bfloat16))
+    kernels.linear_into(out, x, panels)
+    close(out, expected)
+    assert fence_stands(whole)
 
 
 sequences = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 20)), min_size=1, max_size=4)
@@ -169,7 +191,7 @@ def test_attention(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        Kernels(library, dtype).attend(q.data_ptr(), cache.data_ptr(), *at, out.data_ptr(), *sizes)
+        NativeKernels(library, dtype).call.attend(q.data_ptr(), cache.data_ptr(), *at, out.data_ptr(), *sizes)
     finally:
         torch.set_num_threads(before)
     first = 0
@@ -187,16 +209,16 @@ def test_attention(
 def test_a_number_that_is_none_is_not_hidden(library: str) -> None:
     """A kernel that made a number of NaN would hide weights or a cache that are not there."""
     for dtype in DTYPES:
-        kernels, nan = Kernels(library, dtype), torch.full((1, 2, 16), float("nan"), dtype=getattr(torch, dtype))
+        kernels, nan = NativeKernels(library, dtype), torch.full((1, 2, 16), float("nan"), dtype=getattr(torch, dtype))
         one, out = torch.ones_like(nan), torch.zeros_like(nan)
-        kernels.silu_mul(nan.data_ptr(), out.data_ptr(), 1, 16)
+        kernels.call.silu_mul(nan.data_ptr(), out.data_ptr(), 1, 16)
         assert out.flatten()[:16].isnan().all()
-        kernels.add_norm(nan.data_ptr(), None, one.data_ptr(), out.data_ptr(), 1, 32, 1e-5)
+        kernels.call.add_norm(nan.data_ptr(), None, one.data_ptr(), out.data_ptr(), 1, 32, 1e-5)
         assert out.isnan().all()
         ints = [torch.tensor(v, dtype=torch.int32) for v in ([0, 1], [0, 1], [0], [1], [0], [0, 1])]
         out.zero_()
         at = [i.data_ptr() for i in ints]
-        kernels.attend(one.data_ptr(), nan.data_ptr(), *at, out.data_ptr(), 1, 1, 1, 16, 1, 1)
+        kernels.call.attend(one.data_ptr(), nan.data_ptr(), *at, out.data_ptr(), 1, 1, 1, 16, 1, 1)
         assert out.flatten()[:16].isnan().all()
 
 
@@ -218,7 +240,7 @@ def test_many_may_compile_them_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
         paths = set(pool.map(build_kernels, [tmp_path] * 3))
     (path,) = paths
-    Kernels(str(path), "float32")
+    NativeKernels(str(path), "float32")
 
 
 def test_they_have_torchs_threads_and_no_others(library: str) -> None:
@@ -260,4 +282,4 @@ def test_where_they_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_library_of_something_else_is_refused(tmp_path: Path) -> None:
     for library in (tmp_path / "absent.so", Path(ctypes.util.find_library("m") or "libm.so.6")):
         with pytest.raises(ConfigError, match="--kernels torch"):
-            Kernels(str(library), "float32")
+            NativeKernels(str(library), "float32")

@@ -57,9 +57,9 @@ from anchortp.model import (
     DecodeGraphs,
     Decoder,
     ForwardBatch,
-    Kernels,
     KVCache,
     NativeDecoder,
+    NativeKernels,
     WeightViews,
     check_weights,
     panels,
@@ -149,7 +149,7 @@ class _Assignment:
     kv: KVAddresses
     accelerator: Accelerator
     paged: FlashInfer | None
-    kernels: Kernels | None
+    kernels: NativeKernels | None
     anchor: AnchorClient
     probe: FaultProbe
     order: m.Assign
@@ -260,7 +260,7 @@ class Worker:
             ),
             accelerator=accelerator,
             paged=paged,
-            kernels=Kernels(order.kernels, config.dtype) if order.kernels else None,
+            kernels=NativeKernels(order.kernels, config.dtype) if order.kernels else None,
             anchor=anchor,
             probe=probe,
             order=order,

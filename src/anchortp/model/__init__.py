@@ -4,7 +4,7 @@ from anchortp.model.batch import BatchEntry, DecodeGroup, ForwardBatch, PrefillC
 from anchortp.model.decoder import Decoder
 from anchortp.model.graphs import Capture, CudaGraphs, DecodeGraphs
 from anchortp.model.kv_cache import KVCache
-from anchortp.model.native import Kernels, NativeDecoder
+from anchortp.model.native import NativeDecoder, NativeKernels
 from anchortp.model.weights import LayerWeights, WeightViews, check_weights
 
 __all__ = [
@@ -16,9 +16,9 @@ __all__ = [
     "Decoder",
     "ForwardBatch",
     "KVCache",
-    "Kernels",
     "LayerWeights",
     "NativeDecoder",
+    "NativeKernels",
     "PrefillChunk",
     "WeightViews",
     "check_weights",

@@ -13,15 +13,14 @@ from itertools import pairwise
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from anchortp.layout import ATTENTION, KV, MLP, VOCAB, Layout, ModelUnits, Shard
 from anchortp.model.batch import SHORT_CHUNK_TOKENS, DecodeGroup, ForwardBatch, PrefillChunk, cut_groups
+from anchortp.model.kernels import TorchKernels
 from anchortp.model.kv_cache import KVCache
 from anchortp.model.moe import MoE
 from anchortp.model.paged import Attend, FlashInfer
-from anchortp.model.panels import linear, times
 from anchortp.model.rope import RopeTables
 from anchortp.model.weights import LayerWeights, WeightViews
 
@@ -99,9 +98,11 @@ class Decoder:
         kv_cache: KVCache,
         max_model_len: int,
         paged: FlashInfer | None = None,
+        kernels: TorchKernels | None = None,
     ):
         """`paged`: what attends; else torch does, to what it gathers."""
         self.paged = paged
+        self.kernels = kernels or TorchKernels()
         self.units = units
         self.config = units.config
         self.dtype = getattr(torch, units.config.dtype)
@@ -128,7 +129,7 @@ class Decoder:
         self.kv_cache = kv_cache
         self._vocab_units = tuple(torch.tensor(s[VOCAB], dtype=torch.int64) for s in layout.shards)
         self._vocab_ordered = all(a < b for a, b in pairwise(u for s in layout.shards for u in s[VOCAB]))
-        self.moe = MoE(self.units, layout, rank, weights, self.gate) if self.config.moe else None
+        self.moe = MoE(self.units, layout, rank, weights, self.kernels) if self.config.moe else None
         self._gathered = torch.empty(0, dtype=self.dtype)  # context of one group, reused by all layers and groups
 
     @torch.inference_mode()
@@ -260,17 +261,18 @@ class Decoder:
             attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         if heads.back is not None:
             attended = attended.index_select(1, heads.back)
-        return times(attended.reshape(x.shape[0], -1), layer.o)
+        return self.kernels.times(attended.reshape(x.shape[0], -1), layer.o)
 
     def _project(self, layer: LayerWeights, x: Tensor) -> Tensor:
         """`[rows, num_q + 2 * num_kv, head_dim]`: q of every q slot, then k and v of every KV slot."""
         hd, num_q = self.config.head_dim, self._heads.num_q
-        q, kv = linear(x, layer.q), linear(x, layer.kv)
+        q, kv = self.kernels.linear(x, layer.q), self.kernels.linear(x, layer.kv)
         projected = torch.cat((q, kv), dim=1).view(x.shape[0], -1, hd)
         if layer.q_norm is not None and layer.k_norm is not None:
-            projected[:, :num_q] = self._norm(q.view(x.shape[0], -1, hd), layer.q_norm)
+            norm = self.kernels.norm
+            projected[:, :num_q] = norm(q.view(x.shape[0], -1, hd), layer.q_norm, self.config.rms_eps)
             keys = projected[:, num_q::2]
-            keys.copy_(self._norm(keys, layer.k_norm))
+            keys.copy_(norm(keys, layer.k_norm, self.config.rms_eps))
         return projected
 
     def _store(self, cache: Tensor, keys_values: Tensor, step: Step) -> Tensor:
@@ -332,28 +334,19 @@ class Decoder:
         assert layer.gate_up is not None and layer.down is not None
         if not self.weights.shard[MLP]:
             return torch.zeros_like(x)
-        return times(self.gate(linear(x, layer.gate_up)), layer.down)
-
-    def gate(self, both: Tensor) -> Tensor:
-        """Gate and up of all columns, block by block, `[rows, 2 * columns]` -> `silu(gate) * up`, `[rows, columns]`."""
-        blocks = both.view(both.shape[0], -1, 2, self.units.mlp_block)
-        return F.silu(blocks[:, :, 0]).mul_(blocks[:, :, 1]).view(both.shape[0], -1)
+        gated = self.kernels.gate(self.kernels.linear(x, layer.gate_up), self.units.mlp_block)
+        return self.kernels.times(gated, layer.down)
 
     def add_norm(self, x: Tensor, more: Tensor | None, weight: Tensor) -> Tensor:
         """Adds `more` to the residual stream `x`, in place -> what of it goes into the next half of a layer."""
-        return self._norm(x if more is None else x.add_(more), weight)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        # Without a weight torch computes in float32 and rounds once; the weight is then applied in the model's
-        # dtype. That is transformers' order, bit for bit; passing the weight in rounds differently.
-        return F.rms_norm(x, weight.shape, None, self.config.rms_eps).mul_(weight)
+        return self.kernels.add_norm(x, more, weight, self.config.rms_eps)
 
     def logits(self, x: Tensor, group: ReduceGroup) -> Tensor | None:
         """`x` `[sampled, hidden]` -> float32 logits in vocabulary order on the root."""
         if not x.shape[0]:
             return x.new_zeros(0, self.config.vocab_size, dtype=torch.float32) if self.rank == 0 else None
         # Gathered in the model's dtype: that is all the precision a matmul gives, in half the bytes of float32.
-        local = linear(self._norm(x, self.weights.final_norm), self.weights.lm_head)
+        local = self.kernels.linear(self.add_norm(x, None, self.weights.final_norm), self.weights.lm_head)
         cols = tuple(len(held) * self.units.vocab_block for held in self._vocab_units)
         parts = group.gather(local, cols, root=0)
         if parts is None:

@@ -8,7 +8,7 @@ all-reduce, as those of an MLP do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anchortp.layout import EXPERT, Layout, ModelUnits, Part, part_of
-from anchortp.model.panels import linear_into
+from anchortp.model.kernels import TorchKernels
+from anchortp.model.panels import Matrix
 from anchortp.model.weights import WeightViews
 
 WHOLE: Part = (0.0, 1.0)
@@ -29,7 +30,7 @@ class _LocalExpert:
     """An expert of one layer with weights on this rank, and which `part` of its tokens the rank computes."""
 
     expert: int
-    gate_up: Tensor  # [2 * columns, hidden], for `panels.linear_into`
+    gate_up: Matrix  # [2 * columns, hidden], for `linear_into`
     down: Tensor  # [columns, hidden]
     part: Part
 
@@ -40,13 +41,10 @@ class MoE:
     `load`: int32 `[layers, experts]`, on rank 0 how many tokens each expert has had since `take_load`.
     """
 
-    def __init__(
-        self, units: ModelUnits, layout: Layout, rank: int, weights: WeightViews, gate: Callable[[Tensor], Tensor]
-    ):
-        """`gate`: as `Decoder.gate`."""
+    def __init__(self, units: ModelUnits, layout: Layout, rank: int, weights: WeightViews, kernels: TorchKernels):
         moe = units.config.moe
         assert moe is not None
-        self._moe, self._gate = moe, gate
+        self._moe, self._block, self._kernels = moe, units.mlp_block, kernels
         self._counts_load = rank == 0  # routing is the same on all ranks: one of them counts
         self._routers = tuple(layer.router for layer in weights.layers)
         self._layers = _local_experts(units, layout, rank, weights)
@@ -132,8 +130,8 @@ class MoE:
         parts = [(local, slice(start, end)) for (local, _), start, end in zip(mine, [0, *ends], ends, strict=False)]
         both = x.new_empty(x.shape[0], mine[0][0].gate_up.shape[0])
         for local, rows in parts:
-            linear_into(both[rows], x[rows], local.gate_up)
-        gated = self._gate(both)
+            self._kernels.linear_into(both[rows], x[rows], local.gate_up)
+        gated = self._kernels.gate(both, self._block)
         out = torch.empty_like(x)
         for local, rows in parts:
             torch.mm(gated[rows], local.down, out=out[rows])

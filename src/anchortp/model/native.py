@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -19,10 +19,15 @@ from anchortp.errors import ConfigError
 from anchortp.layout import Layout
 from anchortp.model.batch import ForwardBatch
 from anchortp.model.decoder import Decoder, Step
+from anchortp.model.kernels import TorchKernels
 from anchortp.model.kv_cache import KVCache
 from anchortp.model.paged import Pages
-from anchortp.model.panels import linear, times
+from anchortp.model.panels import Matrix, Panels
 from anchortp.model.weights import LayerWeights, WeightViews
+
+# Of activations that a matrix in panels meets in our kernel. For one row oneDNN's call alone takes as long as ours with
+# all its work; for more than these it is as fast.
+FEW_ROWS = 64
 
 _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
@@ -31,10 +36,12 @@ _ARGUMENTS = {
     "rotate_store": [_POINTER] * 10 + [_INT] * 5 + [_FLOAT],
     "attend": [_POINTER] * 9 + [_INT] * 6,
 }
+_LINEAR_ARGUMENTS = [_POINTER] * 3 + [_INT] * 3
 
 
-class Kernels:
-    """The functions of `native/kernels.cpp` for one dtype. Tensors are contiguous, and nobody checks that here."""
+class NativeKernels(TorchKernels):
+    """The functions of `native/kernels.cpp` for one dtype, over contiguous tensors in the host's memory: of those that
+    are given to `norm` torch makes what is asked for, as it does of matrices that are plain or meet many rows."""
 
     def __init__(self, library: str, dtype: str):
         """Raises ConfigError if `library` is none that this process can load."""
@@ -43,12 +50,41 @@ class Kernels:
             found = {name: getattr(loaded, f"{name}_{dtype}") for name in _ARGUMENTS}
         except (OSError, AttributeError) as error:
             raise ConfigError(f"the kernels in {library} cannot be loaded ({error}); use --kernels torch.") from error
-        for name, function in found.items():
-            function.argtypes, function.restype = _ARGUMENTS[name], None
-        self.add_norm: Callable[..., None] = found["add_norm"]
-        self.silu_mul: Callable[..., None] = found["silu_mul"]
-        self.rotate_store: Callable[..., None] = found["rotate_store"]
-        self.attend: Callable[..., None] = found["attend"]
+        optional = getattr(loaded, f"linear_{dtype}", None)  # where the CPU multiplies pairs
+        for function, arguments in [(found[n], a) for n, a in _ARGUMENTS.items()] + [(optional, _LINEAR_ARGUMENTS)]:
+            if function is not None:
+                function.argtypes, function.restype = arguments, None
+        self.call = SimpleNamespace(**found)
+        self._linear: Callable[..., None] | None = optional
+
+    def linear(self, x: Tensor, weight: Matrix) -> Tensor:
+        if self._linear is None or not isinstance(weight, Panels) or x.shape[0] > FEW_ROWS:
+            return super().linear(x, weight)
+        out = x.new_empty(x.shape[0], weight.memory.shape[0])
+        self._call_linear(out, x, weight.memory)
+        return out
+
+    def linear_into(self, out: Tensor, x: Tensor, weight: Matrix) -> None:
+        if self._linear is None or not isinstance(weight, Panels) or x.shape[0] > FEW_ROWS:
+            super().linear_into(out, x, weight)
+        else:
+            self._call_linear(out, x, weight.memory)
+
+    def _call_linear(self, out: Tensor, x: Tensor, weight: Tensor) -> None:
+        assert self._linear is not None
+        self._linear(x.data_ptr(), weight.data_ptr(), out.data_ptr(), x.shape[0], weight.shape[1], weight.shape[0])
+
+    def gate(self, both: Tensor, block: int) -> Tensor:
+        num_columns = both.shape[1] // 2
+        out = both.new_empty(both.shape[0], num_columns)
+        self.call.silu_mul(both.data_ptr(), out.data_ptr(), both.shape[0] * num_columns // block, block)
+        return out
+
+    def add_norm(self, x: Tensor, more: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x)
+        more_at = None if more is None else more.data_ptr()
+        self.call.add_norm(x.data_ptr(), more_at, weight.data_ptr(), out.data_ptr(), x.shape[0], x.shape[1], eps)
+        return out
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +96,7 @@ class _NativeStep(Step):
 class NativeDecoder(Decoder):
     """As `Decoder`, for matrices and caches in the host's memory."""
 
-    def __init__(self, *args: Any, kernels: Kernels, **more: Any):
-        self._kernels = kernels
-        super().__init__(*args, **more)
+    kernels: NativeKernels
 
     def rebind(self, layout: Layout, rank: int, weights: WeightViews, kv_cache: KVCache) -> None:
         super().rebind(layout, rank, weights, kv_cache)
@@ -93,14 +127,14 @@ class NativeDecoder(Decoder):
             return torch.zeros_like(x)
         cache = self.kv_cache.layer(index)
         attended = self._attend(self._rotate_store(layer, x, cache, step), cache, step.pages)
-        return times(attended.view(x.shape[0], -1), layer.o)
+        return self.kernels.times(attended.view(x.shape[0], -1), layer.o)
 
     def _rotate_store(self, layer: LayerWeights, x: Tensor, cache: Tensor, step: _NativeStep) -> Tensor:
         """q of every q slot, turned, `[rows, num_q, head_dim]`; k and v go to the cache."""
         heads, hd = self._heads, self.config.head_dim
-        q, kv = linear(x, layer.q), linear(x, layer.kv)
+        q, kv = self.kernels.linear(x, layer.q), self.kernels.linear(x, layer.kv)
         out = x.new_empty(x.shape[0], heads.num_q, hd)
-        self._kernels.rotate_store(
+        self.kernels.call.rotate_store(
             q.data_ptr(),
             kv.data_ptr(),
             None if layer.q_norm is None else layer.q_norm.data_ptr(),
@@ -123,7 +157,7 @@ class NativeDecoder(Decoder):
     def _attend(self, queries: Tensor, cache: Tensor, pages: Pages) -> Tensor:
         """As `queries`: what they find in the cache."""
         out = torch.empty_like(queries)
-        self._kernels.attend(
+        self.kernels.call.attend(
             queries.data_ptr(),
             cache.data_ptr(),
             pages.rows.data_ptr(),
@@ -139,26 +173,6 @@ class NativeDecoder(Decoder):
             self.config.head_dim,
             self.kv_cache.block_size,
             cache.shape[1],
-        )
-        return out
-
-    def gate(self, both: Tensor) -> Tensor:
-        num_columns = both.shape[1] // 2
-        out = both.new_empty(both.shape[0], num_columns)
-        block = self.units.mlp_block
-        self._kernels.silu_mul(both.data_ptr(), out.data_ptr(), both.shape[0] * num_columns // block, block)
-        return out
-
-    def add_norm(self, x: Tensor, more: Tensor | None, weight: Tensor) -> Tensor:
-        out = torch.empty_like(x)
-        self._kernels.add_norm(
-            x.data_ptr(),
-            None if more is None else more.data_ptr(),
-            weight.data_ptr(),
-            out.data_ptr(),
-            x.shape[0],
-            x.shape[1],
-            self.config.rms_eps,
         )
         return out
 

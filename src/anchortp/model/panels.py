@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import struct
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -27,29 +28,41 @@ _MKLDNN_LAYOUT = "aoti_torch_layout__mkldnn"
 _linear = torch.ops.mkldnn._linear_pointwise.default
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
+@dataclass(frozen=True, slots=True, eq=False)
+class Panels:
+    """A matrix `[rows, columns]` in panels: `memory`, of that shape, has no row where a plain
+    matrix has it; `opaque` is oneDNN's view of it."""
+
+    memory: Tensor
+    opaque: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.memory.shape
+
+
+Matrix = Tensor | Panels
+
+
+def linear(x: Tensor, weight: Matrix) -> Tensor:
     """`x @ weight.T`, for plain matrices and for those in panels."""
-    if weight.is_mkldnn:
-        return _linear(x, weight, None, "none", [], "")
+    if isinstance(weight, Panels):
+        return _linear(x, weight.opaque, None, "none", [], "")
     return F.linear(x, weight)
 
 
-def times(x: Tensor, weight: Tensor) -> Tensor:
-    """`x @ weight`, for plain matrices, and for those of which `across` made panels."""
-    return linear(x, weight) if weight.is_mkldnn else torch.mm(x, weight)
-
-
-def across(weight: Tensor) -> Tensor:
-    """For `times`: a copy of a plain matrix `[columns, hidden]` in panels of its own memory."""
-    return torch.ops.mkldnn._reorder_linear_weight(weight.t(), 16)
-
-
-def linear_into(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    """As `linear`, written into `out` (contiguous)."""
-    if weight.is_mkldnn:
-        out.copy_(_linear(x, weight, None, "none", [], ""))
-    else:
-        torch.mm(x, weight.t(), out=out)
+def across(weight: Tensor) -> Panels | None:
+    """Of a plain matrix `[columns, hidden]`: a copy in panels whose rows are its columns, for `x @ weight`. None if its
+    sizes are none of whole panels."""
+    columns, hidden = weight.shape
+    if columns % PANEL_COLUMNS or hidden % PANEL_ROWS:
+        return None
+    pairs = weight.view(columns // 2, 2, hidden // PANEL_ROWS, PANEL_ROWS)
+    memory = weight.new_empty(hidden, columns)
+    panels = memory.view(hidden // PANEL_ROWS, columns // 2, PANEL_ROWS, 2)
+    for place in range(2):
+        panels[..., place].copy_(pairs[:, place].transpose(0, 1))
+    return panel_matrix(memory)
 
 
 def take_rows(panels: Tensor, rows: Tensor) -> Tensor:
@@ -58,10 +71,10 @@ def take_rows(panels: Tensor, rows: Tensor) -> Tensor:
     return pairs[rows // PANEL_ROWS, :, rows % PANEL_ROWS].view(panels.dtype)
 
 
-def panel_matrix(panels: Tensor) -> Tensor:
-    """An opaque tensor for `linear` over the memory of `panels` `[rows, hidden]`, which must outlive it."""
-    shape = tuple(panels.shape)
-    return _opaque(panels.data_ptr(), shape, _descriptor(*shape))
+def panel_matrix(memory: Tensor) -> Panels:
+    """`memory`: `[rows, columns]` of whole panels."""
+    rows, columns = memory.shape
+    return Panels(memory=memory, opaque=_opaque(memory.data_ptr(), (rows, columns), _descriptor(rows, columns)))
 
 
 @lru_cache(maxsize=8)

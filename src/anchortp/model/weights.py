@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 from anchortp.layout import ATTENTION, EXPERT, MLP, ModelUnits, ReplicatedTensor, Shard, UnitTensor, WeightAddresses
-from anchortp.model.panels import across, check_panels, panel_matrix, take_rows
+from anchortp.model.panels import Matrix, across, check_panels, panel_matrix, take_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
     """One layer, units in slot order. Every matrix has the hidden axis last: q, kv and gate_up, used as `x @ W.T`
-    (`panels.linear`), and o and down, stored transposed, used as `x @ W` (`panels.times`); they may be opaque. A layer
-    has an MLP, or a router to experts, which `WeightViews.experts` has."""
+    (`TorchKernels.linear`), and o and down, stored transposed, used as `x @ W` (`times`); they may be in panels. A
+    layer has an MLP, or a router to experts, which `WeightViews.experts` has."""
 
     input_norm: Tensor  # [hidden]
     post_norm: Tensor  # [hidden]
-    q: Tensor  # [q heads * head_dim, hidden]
-    kv: Tensor  # [kv heads * 2 * head_dim, hidden]: per head the rows of k, then of v
-    o: Tensor  # [q heads * head_dim, hidden]
-    gate_up: Tensor | None = None  # [blocks * 2 * mlp_block, hidden]: per block the rows of gate, then of up
-    down: Tensor | None = None  # [blocks * mlp_block, hidden]
+    q: Matrix  # [q heads * head_dim, hidden]
+    kv: Matrix  # [kv heads * 2 * head_dim, hidden]: per head the rows of k, then of v
+    o: Matrix  # [q heads * head_dim, hidden]
+    gate_up: Matrix | None = None  # [blocks * 2 * mlp_block, hidden]: per block the rows of gate, then of up
+    down: Matrix | None = None  # [blocks * mlp_block, hidden]
     router: Tensor | None = None  # [experts, hidden]
     q_norm: Tensor | None = None  # [head_dim], Qwen3
     k_norm: Tensor | None = None
@@ -60,10 +60,10 @@ class WeightViews:
             for layer in range(units.config.num_layers)
         ]
         # gate_up [2 * columns, hidden] (maybe opaque), down [columns, hidden], by layer * num_experts + expert
-        self.experts: dict[int, tuple[Tensor, Tensor]] = self._experts()
+        self.experts: dict[int, tuple[Matrix, Tensor]] = self._experts()
         crossing = {"o": ATTENTION} | ({} if units.config.moe else {"down": MLP})
         self._crossing = {key: family for key, family in crossing.items() if units.config.panels and shard[family]}
-        self._copies: dict[tuple[str, int], Tensor] = {}
+        self._copies: dict[tuple[str, int], Matrix] = {}
 
     def take_copies(self, other: WeightViews) -> None:
         """Those of `other` whose units are in the same slots here."""
@@ -77,10 +77,11 @@ class WeightViews:
         every = ((key, layer) for layer in range(len(self.layers)) for key in self._crossing)
         key, layer = next((place for place in every if place not in self._copies), ("", 0))
         if key:
-            self._use_copy(key, layer, across(self._view(key, layer)))
+            view = self._view(key, layer)
+            self._use_copy(key, layer, across(view) or view)
         return bool(key)
 
-    def _use_copy(self, key: str, layer: int, copy: Tensor) -> None:
+    def _use_copy(self, key: str, layer: int, copy: Matrix) -> None:
         self._copies[key, layer] = copy
         self.layers[layer] = replace(self.layers[layer], **{key: copy})
 
@@ -91,17 +92,17 @@ class WeightViews:
             return take_rows(self.embed, rows)
         return self.embed.index_select(0, rows)
 
-    def _matrix(self, key: str, copy: int = 0) -> Tensor:
-        """As `_view`, for `panels.linear`: opaque if it is in panels."""
+    def _matrix(self, key: str, copy: int = 0) -> Matrix:
+        """As `_view`, for `linear`."""
         return self._for_linear(key, self._view(key, copy))
 
-    def _for_linear(self, key: str, view: Tensor) -> Tensor:
+    def _for_linear(self, key: str, view: Tensor) -> Matrix:
         """`view`: rows of whole blocks of the tensor called `key`."""
         tensor = self._tensors[key]
         in_panels = isinstance(tensor, UnitTensor) and self._addresses.units.in_panels(tensor)
         return panel_matrix(view) if in_panels and view.shape[0] else view
 
-    def _experts(self) -> dict[int, tuple[Tensor, Tensor]]:
+    def _experts(self) -> dict[int, tuple[Matrix, Tensor]]:
         units, shard = self._addresses.units, self.shard
         pool, columns = shard[EXPERT], shard[MLP]
         if units.config.moe is None or not (pool or columns):

@@ -459,6 +459,27 @@ void attend(const T* q, const T* cache, const int32_t* rows, const int32_t* star
     }
 }
 
+// x @ weight.T, for weights in panels: of 64 rows each, in which the two values of a word, neighbours in a row, lie beside
+// the word of the next row.
+template <class T>
+void linear(const T* x, const T* weight, T* out, int64_t num_rows, int64_t num_in, int64_t num_out) {
+    constexpr int64_t kPanel = 4 * kLanes, kMostRows = 32;
+    const int64_t num_words = num_in / InWords<T>::kTerms;
+    const float *x_words = reinterpret_cast<const float*>(x), *weight_words = reinterpret_cast<const float*>(weight);
+#pragma omp parallel for if (worth_threads(num_in* num_out / 4))
+    for (int64_t panel = 0; panel < num_out; panel += kPanel)
+        for (int64_t row = 0; row < num_rows; row += kMostRows) {
+            float sums[kMostRows * kPanel] = {};
+            const int64_t num = num_rows - row < kMostRows ? num_rows - row : kMostRows;
+            add_products_of<T, 4, 4>(num, weight_words + panel * num_words, kPanel, x_words + row * num_words, num_words,
+                                     num_words, sums, kPanel);
+            for (int64_t r = 0; r < num; ++r)
+                by_lanes(kPanel, [&](int64_t i, auto lanes) {
+                    store(out + (row + r) * num_out + panel + i, load(sums + r * kPanel + i), lanes);
+                });
+        }
+}
+
 }  // namespace
 
 #define EXPORT(DTYPE, T)                                                                                               \
@@ -486,3 +507,12 @@ void attend(const T* q, const T* cache, const int32_t* rows, const int32_t* star
 
 EXPORT(bfloat16, BFloat16)
 EXPORT(float32, float)
+
+#ifdef __AVX512BF16__
+
+extern "C" void linear_bfloat16(const BFloat16* x, const BFloat16* weight, BFloat16* out, int64_t num_rows,
+                                int64_t num_in, int64_t num_out) {
+    linear(x, weight, out, num_rows, num_in, num_out);
+}
+
+#endif
