@@ -60,14 +60,15 @@ class ShmGroup:
             slot_bytes=region.slot_bytes,
             size=region.size,
             rank=rank,
+            two_phase_from=two_phase_from,
             timeout_ns=int(timeout_s * 1e9),
         )
 
     def memory_for(self, num: int) -> GroupMemory | None:
         """What a kernel needs to take part for itself in a sum of `num` values; None if that is not for a kernel. What
         it answers goes to `check`."""
-        alone = num < self._two_phase_from and num <= self._slot_bytes // 4
-        return self._memory if self._library is not None and (alone or self.size == 1) else None
+        fits = num <= self._slot_bytes // 4 or self.size == 1
+        return self._memory if self._library is not None and fits else None
 
     def check(self, outcome: int) -> None:
         """Raises what the outcome of a kernel's collective says."""
@@ -97,12 +98,12 @@ class ShmGroup:
         flat = x.reshape(-1)
         num_floats = self._slot_bytes // 4
         for piece in (flat,) if flat.numel() <= num_floats else flat.split(num_floats):
-            if piece.numel() >= self._two_phase_from:
-                self._reduce_and_spread(piece)
-            elif self._library is not None and self._library.dtype == _NAMES[x.dtype]:
+            if self._library is not None and self._library.dtype == _NAMES[x.dtype]:
                 self.check(self._library.all_reduce(self._memory, piece.data_ptr(), piece.numel()))
-            else:
+            elif piece.numel() < self._two_phase_from:
                 self._reduce(piece)
+            else:
+                self._reduce_and_spread(piece)
         return flat.view(x.shape)
 
     def _reduce(self, x: Tensor) -> None:

@@ -24,6 +24,7 @@ class GroupMemory(ctypes.Structure):
         ("slot_bytes", _INT),
         ("size", _INT),
         ("rank", _INT),
+        ("two_phase_from", _INT),
         ("timeout_ns", _INT),
         ("avoid_yield_until_ns", _INT),
     )
