@@ -260,7 +260,6 @@ void attend_few(const Tile<BFloat16>& tile, const Tile<BFloat16>* next, std::vec
                     if (v + d == 0)
                         for (int64_t u = t + distance; u < t + distance + 2; ++u)
                             ask(u < num_scores ? key_rows[u] + to_values : next_rows[u - num_scores]);
-#pragma GCC unroll 6
                     for (int i = 0; i < num; ++i) {
                         const Floats word = everywhere(scores + (v + i) * num_scores + t / 2);
 #pragma GCC unroll 4
