@@ -35,7 +35,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from anchortp.arena import MemfdArena
-from anchortp.config import load_model_config, reads_panels
+from anchortp.config import cache_folder, load_model_config, reads_panels
 from anchortp.layout import ModelUnits, Shard, WeightAddresses, empty_shard, initial_layout, model_units
 from anchortp.plan import POLICIES, FromHost, FromPeer, Move, Plan, Problem, local
 from anchortp.plan.plan import REPLICATED
@@ -173,7 +173,15 @@ class Worker:
     def _pack(self, order: Pack) -> None:
         self.packed = PackedWeights(order.path, self.geometry)
         view = memoryview(self.buffer.numpy())
-        packer = Packer(self.packed, self.geometry, order.shard, lambda start, stop: view[start:stop], pace=1.0)
+        library_folder = cache_folder() / "kernels"
+        packer = Packer(
+            self.packed,
+            self.geometry,
+            order.shard,
+            lambda start, stop: view[start:stop],
+            pace=1.0,
+            library_folder=library_folder,
+        )
         packer.start()
         packer.join()
 

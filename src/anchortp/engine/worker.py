@@ -23,7 +23,7 @@ import torch
 
 from anchortp.arena import IntervalSet, MemfdArena, PinnedMapping
 from anchortp.comm import Group, ShmRegion
-from anchortp.config import load_model_config
+from anchortp.config import cache_folder, load_model_config
 from anchortp.devices import Device, parse_device
 from anchortp.engine import messages as m
 from anchortp.engine.accelerator import GROUPS, Accelerator
@@ -422,7 +422,9 @@ class Worker:
             if self._packed is None or self._packer is not None or waits:
                 return
             view = _destination(*self._arenas[WEIGHTS_ARENA]).view
-            self._packer = Packer(self._packed, self._assigned().geometry, self._shard, view)
+            library_folder = cache_folder() / "kernels"
+            geometry = self._assigned().geometry
+            self._packer = Packer(self._packed, geometry, self._shard, view, library_folder=library_folder)
             self._packer.start()
 
     def _source(self, name: str) -> Source:

@@ -6,7 +6,6 @@ these StateError and WireError say that it will not answer again.
 
 from __future__ import annotations
 
-import ctypes
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -22,11 +21,8 @@ from anchortp.layout import ReplicatedTensor, UnitTensor
 from anchortp.transfer.checkpoint import Checkpoint
 from anchortp.transfer.checksum import PIECE_BYTES, digest, fill_summed
 from anchortp.transfer.packed import PackedWeights
+from anchortp.transfer.pages import pages_to_write
 from anchortp.transfer.work import Chunk
-
-MADV_POPULATE_WRITE = 23  # Linux 5.14; maps pages to be written to, many at a time, and leaves their bytes
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Stopped(Exception):
@@ -105,9 +101,9 @@ class HostSource:
 
     def prefetch(self, chunk: Chunk) -> None:
         tensor = chunk.region.tensor
-        if self._packed is not None and self._packed.has(chunk):
-            self._packed.prefetch(chunk)
-        elif not isinstance(tensor, ReplicatedTensor):
+        if self._packed is not None and self._packed.prefetch(chunk):
+            return
+        if not isinstance(tensor, ReplicatedTensor):
             first_row, num_rows, _ = self._rows(tensor, chunk)
             self._checkpoint.prefetch(tensor, chunk.region.copy, chunk.unit, first_row, num_rows)
 
@@ -160,8 +156,7 @@ def map_pages(buffer: Tensor, start: int, stop: int) -> None:
     with allocation and the copy: 79 ms; with MADV_POPULATE_READ 101, with no mapping ahead 88, without allocation ahead
     93, with neither 95; and 8 where all of it was done before (`engine.plane.StatePlane.commit_ahead`).
     """
-    page = buffer.data_ptr() + start & -4096
-    _libc.madvise(page, buffer.data_ptr() + stop - page, MADV_POPULATE_WRITE)
+    pages_to_write(buffer.data_ptr() + start, stop - start)
 
 
 class Destination:

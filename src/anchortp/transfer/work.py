@@ -47,7 +47,7 @@ class Region:
         return -(-self.block_bytes // self.segment_bytes)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots: it keeps its segments
 class Chunk:
     """What is copied in one go: bytes `[first_byte, first_byte + num_bytes)` of the blocks that the units `[unit,
     unit + num_units)`, in slots from `slot` on, have in one region; blocks of consecutive slots are contiguous.
@@ -76,6 +76,7 @@ class Chunk:
     def position(self) -> int:
         return self.region.position
 
+    @cached_property
     def segments(self) -> list[Segment]:
         """All segments that it touches, of which the first and the last may reach beyond it."""
         region, found = self.region, []
@@ -92,7 +93,7 @@ class Chunk:
 
     def pieces(self, num_bytes: int) -> Iterator[list[Segment]]:
         """Its segments in runs of up to `num_bytes`, or of one; nothing if it is a part of a segment."""
-        segments = self.segments()
+        segments = self.segments
         if segments[0].start < self.start or segments[-1].stop > self.stop:
             return
         piece: list[Segment] = []
