@@ -42,7 +42,9 @@ from anchortp.plan.plan import REPLICATED
 from anchortp.transfer.checkpoint import Checkpoint
 from anchortp.transfer.executor import Hooks, Load, Loaded
 from anchortp.transfer.packed import PackedWeights, Packer
+from anchortp.transfer.queue import Failure
 from anchortp.transfer.sources import Destination, HostSource, PeerSource
+from anchortp.transfer.streamed import find_streamer
 from anchortp.transfer.work import HOST, Geometry, complete
 from bench.common import conditions, console, finish, spread
 from bench.gpu_sections import QWEN3_8B
@@ -168,7 +170,7 @@ class Worker:
             self._reserve(order, moves)
             pipe.send("ready")
             assert pipe.recv() == "go"
-            pipe.send(self._load(order))
+            pipe.send(self._load(order, pipe))
 
     def _pack(self, order: Pack) -> None:
         self.packed = PackedWeights(order.path, self.geometry)
@@ -198,32 +200,33 @@ class Worker:
             else:
                 self.destination.prepare(chunk.start, chunk.stop)
 
-    def _load(self, order: Order) -> tuple[Loaded, float]:
-        """The result, and the CPU time of this process for it: that hardly depends on what else runs here."""
-        done, began_s = threading.Event(), time.process_time()
-        results: list = []
+    def _load(self, order: Order, pipe: Connection) -> float:
+        """Sends the result from the load's thread, as an engine's worker does. Returns the CPU time of this process,
+        with what follows that: it hardly depends on what else runs here."""
+        ended, began_s = threading.Event(), time.process_time()
 
-        def ended(result) -> None:
-            results.append(result)
-            done.set()
+        def on_end(result: Loaded | Failure) -> None:
+            pipe.send(result)
+            ended.set()
 
         load = Load(
             self.geometry,
             self.geometry.chunks(self._moves(order)),
             self.destination,
-            Hooks(open_source=self._source, on_end=ended),
+            Hooks(open_source=self._source, on_end=on_end),
             expected=order.expected,
             num_movers=order.num_movers,
         )
         load.start()
-        assert done.wait(TIMEOUT_S), "the load does not end"
+        assert ended.wait(TIMEOUT_S), "the load does not end"
         load.cancel()
-        return results[0], time.process_time() - began_s
+        return time.process_time() - began_s
 
     def _source(self, name: str):
         if name == HOST:
             return HostSource(self.checkpoint, self.packed)
-        return PeerSource(name, self.arenas[name], is_gone=lambda: False, on_close=lambda: None)
+        arena, stream = self.arenas[name], find_streamer(cache_folder() / "kernels")
+        return PeerSource(name, arena, is_gone=lambda: False, on_close=lambda: None, stream=stream)
 
 
 class Machine:
@@ -285,12 +288,11 @@ class Machine:
         began_s = time.perf_counter()
         for device in orders:
             self._pipes[device].send("go")
-        answers = {device: self._answer(device) for device in orders}
+        results = {device: self._answer(device) for device in orders}
         took_s = time.perf_counter() - began_s
-        results = {device: result for device, (result, _) in answers.items()}
         for device, result in results.items():
             assert isinstance(result, Loaded) and not result.rerouted, f"{device}: {result}"
-        return took_s, sum(cpu_s for _, cpu_s in answers.values()), results
+        return took_s, sum(self._answer(device) for device in orders), results
 
     def _answer(self, device: str):
         assert self._pipes[device].poll(TIMEOUT_S), f"{device} does not answer"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import random
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +13,8 @@ import pytest
 import xxhash
 
 from anchortp.transfer import streamed
-from anchortp.transfer.streamed import open_streamer
+from anchortp.transfer.pages import MappedPages
+from anchortp.transfer.streamed import find_streamer, open_streamer
 
 PLAIN_CPU = tuple(flag for flag in streamed.FLAGS if flag != "-march=native")
 LENGTHS = (1, 64, 240, 241, 256, 257, 1023, 1024, 1025, 2048, 4103, 1 << 20, (1 << 20) + 64)
@@ -51,6 +54,22 @@ def test_it_is_compiled_once_whoever_asks(tmp_path, monkeypatch):
     assert open_streamer(tmp_path) is not None and len(commands) == 1
     monkeypatch.setattr(streamed, "cpu_flags", lambda: frozenset({"another"}))
     assert open_streamer(tmp_path) is not None and len(commands) == 2, "another CPU has its own"
+
+
+def test_it_is_found_once_it_is_made(tmp_path):
+    assert find_streamer(tmp_path) is None
+    assert open_streamer(tmp_path) is not None and find_streamer(tmp_path) is not None
+
+
+def test_pages_that_cannot_be_had_are_not_ready(tmp_path):
+    """Beyond the end of the file; to touch them would end this process."""
+    path, page = tmp_path / "file", mmap.PAGESIZE
+    path.write_bytes(b"x" * 4 * page)
+    with path.open("rb") as file:
+        pages = MappedPages(file.fileno(), 4 * page)
+    assert pages.make_ready(5, 4 * page)
+    os.truncate(path, page)
+    assert not pages.make_ready(5, 4 * page) and pages.make_ready(0, page - 1)
 
 
 @pytest.mark.parametrize("compiler", ["false", "/nowhere/c++", ""])

@@ -78,6 +78,7 @@ from anchortp.transfer.fingerprint import fingerprint
 from anchortp.transfer.packed import PackedWeights, Packer, open_packed
 from anchortp.transfer.queue import Failure
 from anchortp.transfer.sources import Destination, HostSource, PeerSource, Source, map_pages
+from anchortp.transfer.streamed import find_streamer
 from anchortp.transfer.tensors import tensor_of
 from anchortp.transfer.work import EMBED_POSITION, Geometry, complete
 from anchortp.transfer.work import HOST as HOST_SOURCE
@@ -767,9 +768,10 @@ def _arena_source(
     is_gone: Callable[[], bool],
     on_close: Callable[[], None],
 ) -> Source:
-    """A memfd is read through its descriptor, chunks through their mapping."""
+    """A memfd is mapped a little at a time, if at all; chunks are read through their mapping."""
     if isinstance(arena, MemfdArena):
-        return PeerSource(device, arena, is_gone=is_gone, on_close=on_close)
+        stream = find_streamer(cache_folder() / "kernels")
+        return PeerSource(device, arena, is_gone=is_gone, on_close=on_close, stream=stream)
     assert buffer is not None
     return MappedSource(device, buffer, is_gone=is_gone, on_close=on_close)
 

@@ -67,7 +67,7 @@ class SumBook:
     def arrived(self, chunk: Chunk) -> list[Segment]:
         """The bytes of the chunk are there: the segments that are whole by now."""
         segments = chunk.segments
-        if segments[0].start >= chunk.start and segments[-1].stop <= chunk.stop:
+        if chunk.is_whole:
             return segments
         (segment,) = segments  # chunks are cut so
         parts = self._parts[segment.start]

@@ -227,10 +227,10 @@ class Load:
             now_s = time.monotonic()
             result = self._queue.failure or self._loaded(now_s)
             self._wake_all()
-        for source in self._sources.values():
-            source.close()
         if not cancelled:
             self._hooks.on_end(result)
+        for source in self._sources.values():  # nobody has to wait until what they mapped is gone
+            source.close()
 
     def _loaded(self, now_s: float) -> Loaded:
         return Loaded(

@@ -25,7 +25,6 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 
 from anchortp.arena import IntervalSet
@@ -34,7 +33,7 @@ from anchortp.errors import CheckpointError
 from anchortp.layout import ModelUnits, ReplicatedTensor, Shard
 from anchortp.transfer.checkpoint import is_cached
 from anchortp.transfer.checksum import digest, fill_summed
-from anchortp.transfer.pages import pages_to_read
+from anchortp.transfer.pages import MappedPages
 from anchortp.transfer.streamed import Streamer, open_streamer
 from anchortp.transfer.work import Chunk, Geometry, Region
 
@@ -72,8 +71,7 @@ class PackedWeights:
         self._table = memoryview(self._map).cast("Q")
         self._size_bytes = table_at + table_bytes
         self._stream: Streamer | None = None
-        self._pages: np.ndarray | None = None  # a mapping of the file, from `map_ahead` on
-        self._pages_at = 0  # its address
+        self._pages: MappedPages | None = None  # from `map_ahead` on
         self._looked_s = -math.inf  # when the file was last found to be as long as it should
         self._mapped = IntervalSet()  # the ranges whose pages are in it
 
@@ -98,8 +96,8 @@ class PackedWeights:
         """As `fill_summed`, through the mapping; None where its pages are not ready."""
         if self._stream is None or not self._mapped.covers(start, start + chunk.num_bytes):
             return None
-        stream, to, source = self._stream, out.data_ptr() - chunk.start, self._pages_at + start - chunk.start
-        return [stream(to + s.start, source + s.start, s.stop - s.start) for s in chunk.segments]
+        assert self._pages is not None
+        return self._stream.chunk(chunk, self._pages.address + start, out)
 
     def map_ahead(self, stream: Streamer) -> Iterator[None]:
         """Makes pages of the file ready to be read by `stream`, some at each step: those that are kept here and in the
@@ -109,15 +107,12 @@ class PackedWeights:
         """
         if not self._is_whole():
             return
-        if self._stream is None:
-            pages = mmap.mmap(self._fd, self._size_bytes, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)
-            self._pages = np.frombuffer(pages, dtype=np.uint8)
-            self._pages_at = self._pages.ctypes.data
-            self._stream = stream
+        if self._pages is None:
+            self._pages, self._stream = MappedPages(self._fd, self._size_bytes), stream
         for start, stop in self._kept():
             if self._mapped.covers(start, stop) or not is_cached(self._fd, start):
                 continue
-            if pages_to_read(self._pages_at + start, stop - start):
+            if self._pages.make_ready(start, stop):
                 mapped = self._mapped.copy()
                 mapped.add(start, stop)
                 self._mapped = mapped

@@ -21,7 +21,8 @@ from anchortp.layout import ReplicatedTensor, UnitTensor
 from anchortp.transfer.checkpoint import Checkpoint
 from anchortp.transfer.checksum import PIECE_BYTES, digest, fill_summed
 from anchortp.transfer.packed import PackedWeights
-from anchortp.transfer.pages import pages_to_write
+from anchortp.transfer.pages import MappedPages, pages_to_write
+from anchortp.transfer.streamed import Streamer
 from anchortp.transfer.work import Chunk
 
 
@@ -123,20 +124,41 @@ class HostSource:
 class PeerSource:
     """Another device's weights arena, or this device's own (a unit that changes its slot).
 
-    Read through its descriptor: that needs no mapping, whose page faults would cost as much as the copy.
+    With a `stream` it is read through a mapping, whose pages are made ready a chunk at a time; else through its
+    descriptor: that needs no page, but takes 1.4 times as long, and half as many bytes more cross the memory bus.
     `is_gone`: whether the arena's anchor has gone; its memory is not to be believed then.
     """
 
-    def __init__(self, device: str, arena: MemfdArena, *, is_gone: Callable[[], bool], on_close: Callable[[], None]):
+    def __init__(
+        self,
+        device: str,
+        arena: MemfdArena,
+        *,
+        is_gone: Callable[[], bool],
+        on_close: Callable[[], None],
+        stream: Streamer | None = None,
+    ):
         self._device = device
         self._arena = arena
         self._is_gone = is_gone
         self._on_close = on_close
+        self._stream = stream
+        self._pages = MappedPages(arena.fd, arena.reserved_bytes) if stream is not None else None
 
     def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> list[int] | None:
-        digests = fill_summed(self._arena.fd, chunk.source_start, chunk, memoryview(out.numpy()))
+        digests = self._streamed(chunk, out)
+        if digests is None:
+            digests = fill_summed(self._arena.fd, chunk.source_start, chunk, memoryview(out.numpy()))
         self.check_unchanged()
         return digests
+
+    def _streamed(self, chunk: Chunk, out: Tensor) -> list[int] | None:
+        """As `fill_summed`, through the mapping; None if it is a part of a segment, or its pages cannot be had."""
+        pages, start = self._pages, chunk.source_start
+        if pages is None or not chunk.is_whole or not pages.make_ready(start, start + chunk.num_bytes):
+            return None
+        assert self._stream is not None
+        return self._stream.chunk(chunk, pages.address + start, out)
 
     def check_unchanged(self) -> None:
         if self._is_gone():
@@ -146,6 +168,7 @@ class PeerSource:
         pass
 
     def close(self) -> None:
+        self._pages = None
         self._on_close()
 
 

@@ -1,7 +1,6 @@
 """Copies from mapped memory and sums in one pass, past the cache: `streamed.cpp`, compiled where it runs, once.
 
-What a plain copy and a sum cost beside it, and why: docs/assumptions.md. Without a compiler there is none, and bytes
-are read through descriptors.
+Without a compiler there is none, and bytes are read through descriptors.
 """
 
 from __future__ import annotations
@@ -18,8 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import xxhash
+from torch import Tensor
 
 from anchortp.native import cpu_flags
+from anchortp.transfer.work import Chunk
 
 SOURCE = Path(__file__).with_name("streamed.cpp")
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi")
@@ -50,12 +51,25 @@ class Streamer:
         ctypes.memmove(to, start, num_bytes)
         return xxhash.xxh3_64_intdigest(ctypes.string_at(to, num_bytes)) or 1
 
+    def chunk(self, chunk: Chunk, start: int, out: Tensor) -> list[int]:
+        """Fills `out` (uint8, the bytes of a chunk of whole segments) from an address on. The segments' digests."""
+        source, to = start - chunk.start, out.data_ptr() - chunk.start
+        return [self(to + s.start, source + s.start, s.stop - s.start) for s in chunk.segments]
+
+
+def find_streamer(folder: Path) -> Streamer | None:
+    """The library in `folder`, if somebody has made it there and it can be loaded."""
+    library = _library(folder)
+    try:
+        return Streamer(library) if library.exists() else None
+    except OSError:
+        return None
+
 
 def open_streamer(folder: Path) -> Streamer | None:
     """The library is in `folder`, or is made there: a second or two, by one process at a time. None, and a line in the
     log, where that fails."""
-    made_of = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), " ".join(sorted(cpu_flags())).encode())
-    library = folder / f"streamed-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
+    library = _library(folder)
     try:
         if not library.exists():
             _compile(library)
@@ -63,6 +77,11 @@ def open_streamer(folder: Path) -> Streamer | None:
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("packed weights are read through their descriptor, which is slower: %s", error)
         return None
+
+
+def _library(folder: Path) -> Path:
+    made_of = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), " ".join(sorted(cpu_flags())).encode())
+    return folder / f"streamed-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
 
 
 def _compile(library: Path) -> None:

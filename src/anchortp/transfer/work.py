@@ -91,13 +91,17 @@ class Chunk:
             block = block_stop
         return found
 
+    @property
+    def is_whole(self) -> bool:
+        """Whole segments, not a part of one."""
+        return self.segments[0].start >= self.start and self.segments[-1].stop <= self.stop
+
     def pieces(self, num_bytes: int) -> Iterator[list[Segment]]:
         """Its segments in runs of up to `num_bytes`, or of one; nothing if it is a part of a segment."""
-        segments = self.segments
-        if segments[0].start < self.start or segments[-1].stop > self.stop:
+        if not self.is_whole:
             return
         piece: list[Segment] = []
-        for segment in segments:
+        for segment in self.segments:
             if piece and segment.stop - piece[0].start > num_bytes:
                 yield piece
                 piece = []
