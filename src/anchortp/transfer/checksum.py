@@ -52,16 +52,14 @@ class SumBook:
 
     def __init__(self, geometry: Geometry, chunks: Sequence[Chunk], expected: Mapping[str, str]):
         self._geometry = geometry
+        self._chunks = chunks
         self._expected = expected
         self._parsed: dict[tuple[str, int], tuple[int, ...]] = {}  # of `expected`, by family and unit
         self._digests: dict[tuple[str, int, int], dict[int, int]] = defaultdict(dict)  # by family, unit and slot
         self._parts: dict[int, IntervalSet] = defaultdict(IntervalSet)  # by the start of a segment that comes in parts
-        self._brings: dict[int, set[int]] = defaultdict(set)  # the chunks that bring a segment, by its start
         self._missing = [set[int]() for _ in range(geometry.num_positions)]  # starts of segments, by position
-        for index, chunk in enumerate(chunks):
-            for segment in chunk.segments:
-                self._brings[segment.start].add(index)
-                self._missing[chunk.position].add(segment.start)
+        for chunk in chunks:
+            self._missing[chunk.position].update(segment.start for segment in chunk.segments)
         self._num_missing = sum(map(len, self._missing))
 
     def arrived(self, chunk: Chunk) -> list[Segment]:
@@ -98,7 +96,8 @@ class SumBook:
     def reject(self, segment: Segment) -> set[int]:
         """The segment is wrong; returns the chunks (their numbers) that have to bring it again."""
         self._parts.pop(segment.start, None)
-        return self._brings[segment.start]
+        bring = enumerate(self._chunks)
+        return {index for index, chunk in bring if any(s.start == segment.start for s in chunk.segments)}
 
     @property
     def is_complete(self) -> bool:

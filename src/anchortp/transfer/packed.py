@@ -79,7 +79,10 @@ class PackedWeights:
         """Fills `out` (uint8, the chunk's bytes), if all of them are here and right: then it returns the digests of
         the chunk's segments."""
         numbers = self._numbers(chunk)
-        if not self._has(numbers):
+        if not (numbers and self._is_whole()):
+            return None
+        kept = self._table[numbers.start : numbers.stop].tolist()
+        if 0 in kept:
             return None
         start = self._at(chunk.region, chunk.unit) + chunk.first_byte
         try:
@@ -87,10 +90,12 @@ class PackedWeights:
         except (CheckpointError, OSError):
             return None
         assert digests is not None, "only whole segments are kept here"
-        wrong = [n for n, found in zip(numbers, digests, strict=True) if self._table[n] != found]
-        for number in wrong:
-            self._table[number] = 0
-        return None if wrong else digests
+        if digests == kept:
+            return digests
+        for number, wanted, found in zip(numbers, kept, digests, strict=True):
+            if wanted != found:
+                self._table[number] = 0
+        return None
 
     def _streamed(self, start: int, chunk: Chunk, out: Tensor) -> list[int] | None:
         """As `fill_summed`, through the mapping; None where its pages are not ready."""
@@ -140,12 +145,16 @@ class PackedWeights:
                         yield block + start, block + min(start + region.segment_bytes, region.block_bytes)
 
     def prefetch(self, chunk: Chunk) -> bool:
-        """The chunk will be read soon. False if it is not here, as far as the table says."""
+        """The chunk will be read soon. False if it is not here, as far as can be said at no cost."""
         numbers = self._numbers(chunk)
-        if not self._has(numbers):
+        if not numbers:
             return False
         start = self._at(chunk.region, chunk.unit) + chunk.first_byte
-        if not self._mapped.covers(start, start + chunk.num_bytes) and not is_cached(self._fd, start):
+        if self._mapped.covers(start, start + chunk.num_bytes):
+            return True
+        if not self._is_whole() or 0 in self._table[numbers.start : numbers.stop]:
+            return False
+        if not is_cached(self._fd, start):
             os.posix_fadvise(self._fd, start, chunk.num_bytes, os.POSIX_FADV_WILLNEED)
         return True
 
@@ -168,10 +177,6 @@ class PackedWeights:
             self._map.close()
             os.close(self._fd)
             self._fd = -1
-
-    def _has(self, numbers: range) -> bool:
-        """Whether there are some, and the table says that all of them are here."""
-        return bool(numbers) and self._is_whole() and all(self._table[number] for number in numbers)
 
     def _is_whole(self) -> bool:
         """False where the file has been cut off: to touch its mappings beyond the end would end the process."""
