@@ -5,7 +5,9 @@
 A model with the layer shapes of Qwen3-8B and random weights is made once. Each device is a process with a memfd
 arena; a plan of the policy is carried out by the executor (`anchortp.transfer`), stage by stage, all devices at once,
 sums checked. Then the arenas are brought back to where they were. Weights are laid out as the engine does by default,
-and kept packed as with `--packed-weights`.
+and kept packed as with `--packed-weights`: the file's pages are mapped before the clock starts, as a worker's packer
+does it when it has nothing better to do, and read by `anchortp.transfer.streamed` if there is a C++ compiler. The clock
+stops when the last device has said that it is done; what it unmaps then is in the CPU time alone.
 
 The floor is the same run's, and in turn with the loads: lost bytes over the bytes per second that `--threads` threads
 copy from warm memory to warm memory. Destinations are mapped before the clock starts; with `--cold-pages` the load has
