@@ -1,8 +1,8 @@
 """All-reduce latency of the groups of one epoch: `python -m bench.allreduce --ranks 4 --shape 16x576`.
 
 Each rank is a process with one compute thread. Rank 0's time per call is reported; calls follow each other
-with nothing between them, so a call contains the wait for the slowest rank of the one before. `barrier`
-carries no data: it is the floor, what a rendezvous of this many ranks on these cores costs. `gloo-native` is
+with nothing between them, so a call contains the wait for the slowest rank of the one before. `kernels` is what workers
+on CPUs use, `shm` the same by torch's operations. `barrier` carries no data: it is the floor, what a rendezvous of this many ranks on these cores costs. `gloo-native` is
 gloo's own all-reduce, which sums in another order than the groups promise.
 """
 
@@ -26,6 +26,8 @@ from torch import Tensor
 
 from anchortp.comm import GlooGroup, Group, ShmGroup, ShmRegion
 from anchortp.comm.shm import TWO_PHASE_FROM
+from anchortp.config import cache_folder
+from anchortp.native import Library, build_kernels
 
 _TIMEOUT_S = 60.0
 _WARMUP_S = 0.3  # a rank remembers for a while how it waited when the others were still starting
@@ -50,8 +52,10 @@ class Timing:
 
 
 def _open_group(case: Case, region: ShmRegion, rank: int, store_path: str) -> Group:
-    if case.backend == "shm":
-        return ShmGroup(region, rank, _TIMEOUT_S, two_phase_from=case.two_phase_from)
+    if case.backend in ("shm", "kernels"):
+        path = cache_folder() / "kernels"
+        library = Library(str(build_kernels(path)), case.dtype) if case.backend == "kernels" else None
+        return ShmGroup(region, rank, _TIMEOUT_S, two_phase_from=case.two_phase_from, library=library)
     return GlooGroup(region, rank, _TIMEOUT_S, store_path=store_path)
 
 
@@ -126,6 +130,9 @@ def _cases(args: argparse.Namespace) -> list[Case]:
         ("shm", "shm", TWO_PHASE_FROM),
         ("shm-one-phase", "shm", never),
         ("shm-two-phase", "shm", 0),
+        ("kernels", "kernels", TWO_PHASE_FROM),
+        ("kernels-one-phase", "kernels", never),
+        ("kernels-two-phase", "kernels", 0),
         ("gloo", "gloo", never),
         ("gloo-native", "gloo", never),
     ]

@@ -274,8 +274,6 @@ def make_decoder(folder: Path, units: ModelUnits, layout: Layout, rank: int) -> 
     kv = KVAddresses(config=units.config, block_size=BLOCK, num_blocks=num_blocks)
     cache = torch.zeros(kv.reserved_bytes, dtype=torch.uint8)
     views, planes = WeightViews(buffer, addresses, shard), KVCache(cache, kv, shard)
-    while views.copy_next():  # as after the first steps
-        pass
     return Decoder(
         units, layout, rank, views, planes, max_model_len=max(context for *_, context in WORKLOADS.values()) + 1
     )

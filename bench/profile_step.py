@@ -36,7 +36,7 @@ from anchortp.engine.blocks import BlockPool
 from anchortp.engine.pool import SPIN_COUNT
 from anchortp.engine.scheduler import Batch, ScheduledSeq, Scheduler
 from anchortp.layout import FAMILIES, KV, KVAddresses, Layout, WeightAddresses, initial_layout, model_units
-from anchortp.native import build_kernels
+from anchortp.native import Library, build_kernels
 from bench.common import conditions, console, finish
 
 BLOCK = 16
@@ -169,34 +169,37 @@ def floor(config: ModelConfig, case: Case, machine: dict[str, float]) -> dict[st
 
 
 def run_rank(folder: Path, config: ModelConfig, case: Case, rank: int, region_fd: int, steps: int) -> dict[str, Any]:
-    """[child] Some steps of one rank; the first two are not counted."""
+    """[child] Some steps of one rank, the first two of which are not counted: as they are, then as many taken apart."""
     import torch
 
     from anchortp.comm import ShmGroup, ShmRegion
     from anchortp.model import ForwardBatch
 
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // case.tp))
-    clock = Clock()
     decoder = make_decoder(folder, config, case, rank)
-    for method, phase in PHASES.items():
-        if hasattr(decoder, method):
-            setattr(decoder, method, clock.timed(phase, getattr(decoder, method)))
     region = ShmRegion.attach(region_fd, epoch=1)
-    group = ShmGroup(region, rank, GROUP_TIMEOUT_S)
-    group.all_reduce = clock.timed(COLLECTIVES, group.all_reduce)
-    group.gather = clock.timed(COLLECTIVES, group.gather)
-    batch = ForwardBatch.build([entry(index, case) for index in range(case.batch)], BLOCK)
-    walls, cpus, phases = [], [], defaultdict(list)
-    for step in range(steps + 2):
+    library = decoder.kernels.library if case.kernels == "native" else None
+    group = ShmGroup(region, rank, GROUP_TIMEOUT_S, library=library)
+    entries = [entry(index, case) for index in range(case.batch)]
+
+    def step() -> None:
+        decoder.forward(ForwardBatch.build(entries, BLOCK), group)
+
+    walls, cpus = [], []
+    for number in range(steps + 2):
         group.barrier()
-        clock.self_s.clear()
         began_s, began_cpu_s = time.perf_counter(), time.process_time()
-        decoder.forward(batch, group)
-        if step >= 2:
+        step()
+        if number >= 2:
             walls.append(time.perf_counter() - began_s)
             cpus.append(time.process_time() - began_cpu_s)
-            for phase, seconds in clock.self_s.items():
-                phases[phase].append(seconds)
+    clock, phases = take_apart(decoder, group), defaultdict(list)
+    for _ in range(steps):
+        group.barrier()
+        clock.self_s.clear()
+        step()
+        for phase, seconds in clock.self_s.items():
+            phases[phase].append(seconds)
     group.close()
     region.close()
     return {
@@ -206,6 +209,18 @@ def run_rank(folder: Path, config: ModelConfig, case: Case, rank: int, region_fd
         "cpu_s": statistics.median(cpus),
         "phases_s": {phase: statistics.median(values) for phase, values in sorted(phases.items())},
     }
+
+
+def take_apart(decoder: Any, group: Any) -> Clock:
+    """From now on the decoder calls its parts one by one, and they are timed."""
+    clock = Clock()
+    for method, phase in PHASES.items():
+        if hasattr(decoder, method):
+            setattr(decoder, method, clock.timed(phase, getattr(decoder, method)))
+    group.memory_for = lambda num: None
+    group.all_reduce = clock.timed(COLLECTIVES, group.all_reduce)
+    group.gather = clock.timed(COLLECTIVES, group.gather)
+    return clock
 
 
 class Clock:
@@ -248,13 +263,11 @@ def make_decoder(folder: Path, config: ModelConfig, case: Case, rank: int) -> An
     for start, stop in kv.slot_ranges(0, len(shard[KV]), 0, case.num_blocks):
         cache[start:stop].zero_()
     views, planes = WeightViews(buffer, addresses, shard), KVCache(cache, kv, shard)
-    while views.copy_next():  # as after the first steps
-        pass
     common = (units, layout, rank, views, planes, case.context + 1)
     if case.kernels == "torch":
         return Decoder(*common)
-    library = str(build_kernels(cache_folder() / "kernels"))
-    return NativeDecoder(*common, kernels=NativeKernels(library, config.dtype))
+    library = Library(str(build_kernels(cache_folder() / "kernels")), config.dtype)
+    return NativeDecoder(*common, kernels=NativeKernels(library))
 
 
 def entry(index: int, case: Case) -> ScheduledSeq:

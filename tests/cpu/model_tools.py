@@ -33,7 +33,7 @@ from anchortp.layout import (
     model_units,
 )
 from anchortp.model import Decoder, ForwardBatch, KVCache, NativeDecoder, NativeKernels, WeightViews
-from anchortp.native import build_kernels
+from anchortp.native import Library, build_kernels
 from anchortp.transfer.checkpoint import Checkpoint
 from anchortp.transfer.loader import Item, load_replicated, load_units
 
@@ -292,7 +292,7 @@ def load_group(
 
 
 def native_kernels(dtype: str) -> NativeKernels:
-    return NativeKernels(str(build_kernels(cache_folder() / "kernels")), dtype)
+    return NativeKernels(Library(str(build_kernels(cache_folder() / "kernels")), dtype))
 
 
 def devices(num_devices: int) -> list[str]:

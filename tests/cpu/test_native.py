@@ -21,8 +21,9 @@ from anchortp.config import cache_folder, reads_panels, resolve_engine_config
 from anchortp.errors import ConfigError
 from anchortp.model import NativeKernels
 from anchortp.model.native import FEW_ROWS
-from anchortp.model.panels import across
-from anchortp.native import build, build_kernels
+from anchortp.model.panels import panel_matrix
+from anchortp.native import Library, build, build_kernels
+from anchortp.transfer.checkpoint import _to_panels
 from tests.tiny_model import write_model
 
 DTYPES = ("float32", "bfloat16")
@@ -71,9 +72,7 @@ def test_residual_and_norm(library: str, dtype: str, rows: int, hidden: int, has
     sums = x + more if has_more else x.clone()
     out, out_whole = fenced(torch.zeros_like(x))
     more_at = more.data_ptr() if has_more else None
-    NativeKernels(library, dtype).call.add_norm(
-        x.data_ptr(), more_at, weight.data_ptr(), out.data_ptr(), rows, hidden, 1e-5
-    )
+    Library(library, dtype).add_norm(x.data_ptr(), more_at, weight.data_ptr(), out.data_ptr(), rows, hidden, 1e-5)
     assert torch.equal(x, sums), "the residual stream is what torch's addition makes of it, bit for bit"
     close(out, F.rms_norm(sums.double(), (hidden,), None, 1e-5) * weight.double())
     assert fence_stands(whole) and fence_stands(out_whole)
@@ -85,7 +84,7 @@ def test_residual_and_norm(library: str, dtype: str, rows: int, hidden: int, has
 def test_gate(library: str, dtype: str, blocks: int, block: int, seed: int, scale: float) -> None:
     both = random_rows(seed, blocks, 2, block, dtype=dtype, scale=scale)
     out, whole = fenced(torch.zeros(blocks, block, dtype=both.dtype))
-    NativeKernels(library, dtype).call.silu_mul(both.data_ptr(), out.data_ptr(), blocks, block)
+    Library(library, dtype).silu_mul(both.data_ptr(), out.data_ptr(), blocks, block)
     close(out, F.silu(both[:, 0].double()) * both[:, 1].double())
     assert fence_stands(whole)
 
@@ -109,7 +108,7 @@ def test_rotation_and_new_rows_of_the_cache(
     out, out_whole = fenced(torch.zeros_like(q))
     given_norms = (None, None) if norms is None else (norms[0].data_ptr(), norms[1].data_ptr())
     at = [t.data_ptr() for t in (positions, cos, sin, slots, cache, out)]
-    kernel = NativeKernels(library, dtype).call.rotate_store
+    kernel = Library(library, dtype).rotate_store
     kernel(q.data_ptr(), kv.data_ptr(), *given_norms, *at, rows, num_q, num_kv, hd, tokens, 1e-5)
 
     def turned(x: Tensor, which: int) -> Tensor:
@@ -129,21 +128,45 @@ def test_rotation_and_new_rows_of_the_cache(
     assert fence_stands(whole) and fence_stands(out_whole)
 
 
+rows_of_all_kinds = st.one_of(st.integers(1, FEW_ROWS + 3), st.sampled_from([1, 6, 7, 12, 13, 16, 32, 33, FEW_ROWS]))
+
+
 @pytest.mark.skipif(not reads_panels(), reason="no panels are known for this CPU")
-@given(st.integers(1, FEW_ROWS + 3), st.integers(1, 4), st.integers(1, 5), st.integers(0, 99))
+@given(rows_of_all_kinds, st.integers(1, 4), st.integers(1, 9), st.integers(0, 99))
 @few
 def test_matrices_in_panels(library: str, rows: int, num_panels: int, columns: int, seed: int) -> None:
-    """As they lie in the arena, and as copies across; with few rows and with many."""
+    """With few rows and with many."""
     plain = random_rows(seed, 64 * num_panels, 32 * columns, dtype="bfloat16", scale=0.2)
     x = random_rows(seed + 1, rows, 32 * columns, dtype="bfloat16")
-    kernels, panels = NativeKernels(library, "bfloat16"), across(plain.t().contiguous())
-    assert panels is not None and (kernels._linear is None) == ("plain0" in library)
+    kernels, memory = NativeKernels(Library(library, "bfloat16")), torch.empty_like(plain)
+    _to_panels(plain, memory)
+    panels = panel_matrix(memory)
+    assert (kernels.library.linear is None) == ("plain0" in library)
     expected = x.double() @ plain.double().T
     close(kernels.linear(x, panels), expected)
-    close(kernels.times(x, panels), expected)
     out, whole = fenced(torch.zeros(rows, 64 * num_panels, dtype=torch.bfloat16))
     kernels.linear_into(out, x, panels)
     close(out, expected)
+    assert fence_stands(whole)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@given(rows_of_all_kinds, st.integers(1, 150), st.sampled_from([32, 64, 192, 576, 1024]), st.integers(0, 99))
+@few
+def test_plain_matrices(library: str, threads: int, rows: int, pairs: int, columns: int, seed: int) -> None:
+    """Of any number of inputs; those that are none of whole panels are torch's."""
+    plain = random_rows(seed, 2 * pairs, columns, dtype="bfloat16", scale=0.2)
+    x = random_rows(seed + 1, rows, 2 * pairs, dtype="bfloat16")
+    kernels = NativeKernels(Library(library, "bfloat16"))
+    out, whole = fenced(torch.zeros(rows, columns, dtype=torch.bfloat16))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        kernels.times_into(out, x, plain)
+        close(kernels.times(x, plain), x.double() @ plain.double())
+    finally:
+        torch.set_num_threads(before)
+    close(out, x.double() @ plain.double())
     assert fence_stands(whole)
 
 
@@ -152,7 +175,12 @@ sequences = st.lists(st.tuples(st.integers(1, 90), st.integers(1, 20)), min_size
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
-@given(sequences, st.integers(1, 33), st.integers(1, 40), st.lists(st.integers(1, 18), min_size=1, max_size=3))
+@given(
+    sequences,
+    st.integers(1, 33),
+    st.one_of(st.integers(1, 40), st.sampled_from([32, 64, 128])),
+    st.lists(st.one_of(st.integers(1, 4), st.integers(1, 18)), min_size=1, max_size=3),
+)
 @few
 def test_attention(
     library: str, dtype: str, threads: int, drawn: list[tuple[int, int]], block_size: int, half: int, groups: list[int]
@@ -191,7 +219,7 @@ def test_attention(
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        NativeKernels(library, dtype).call.attend(q.data_ptr(), cache.data_ptr(), *at, out.data_ptr(), *sizes)
+        Library(library, dtype).attend(q.data_ptr(), cache.data_ptr(), *at, out.data_ptr(), *sizes)
     finally:
         torch.set_num_threads(before)
     first = 0
@@ -209,16 +237,16 @@ def test_attention(
 def test_a_number_that_is_none_is_not_hidden(library: str) -> None:
     """A kernel that made a number of NaN would hide weights or a cache that are not there."""
     for dtype in DTYPES:
-        kernels, nan = NativeKernels(library, dtype), torch.full((1, 2, 16), float("nan"), dtype=getattr(torch, dtype))
+        kernels, nan = Library(library, dtype), torch.full((1, 2, 16), float("nan"), dtype=getattr(torch, dtype))
         one, out = torch.ones_like(nan), torch.zeros_like(nan)
-        kernels.call.silu_mul(nan.data_ptr(), out.data_ptr(), 1, 16)
+        kernels.silu_mul(nan.data_ptr(), out.data_ptr(), 1, 16)
         assert out.flatten()[:16].isnan().all()
-        kernels.call.add_norm(nan.data_ptr(), None, one.data_ptr(), out.data_ptr(), 1, 32, 1e-5)
+        kernels.add_norm(nan.data_ptr(), None, one.data_ptr(), out.data_ptr(), 1, 32, 1e-5)
         assert out.isnan().all()
         ints = [torch.tensor(v, dtype=torch.int32) for v in ([0, 1], [0, 1], [0], [1], [0], [0, 1])]
         out.zero_()
         at = [i.data_ptr() for i in ints]
-        kernels.call.attend(one.data_ptr(), nan.data_ptr(), *at, out.data_ptr(), 1, 1, 1, 16, 1, 1)
+        kernels.attend(one.data_ptr(), nan.data_ptr(), *at, out.data_ptr(), 1, 1, 1, 16, 1, 1)
         assert out.flatten()[:16].isnan().all()
 
 
@@ -240,7 +268,7 @@ def test_many_may_compile_them_at_once(tmp_path: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
         paths = set(pool.map(build_kernels, [tmp_path] * 3))
     (path,) = paths
-    NativeKernels(str(path), "float32")
+    Library(str(path), "float32")
 
 
 def test_they_have_torchs_threads_and_no_others(library: str) -> None:
@@ -282,4 +310,4 @@ def test_where_they_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_library_of_something_else_is_refused(tmp_path: Path) -> None:
     for library in (tmp_path / "absent.so", Path(ctypes.util.find_library("m") or "libm.so.6")):
         with pytest.raises(ConfigError, match="--kernels torch"):
-            NativeKernels(str(library), "float32")
+            Library(str(library), "float32")

@@ -25,5 +25,6 @@ def test_allreduce_benchmark_ends_with_one_json_line():
     assert result.returncode == 0, result.stderr
     report = json.loads(result.stdout.splitlines()[-1])
     names = [timing["name"] for timing in report["timings"]]
-    assert names == ["barrier", "shm", "shm-one-phase", "shm-two-phase", "gloo", "gloo-native"]
+    kinds = [f"{kind}{phases}" for kind in ("shm", "kernels") for phases in ("", "-one-phase", "-two-phase")]
+    assert names == ["barrier", *kinds, "gloo", "gloo-native"]
     assert all(0 < timing["median_ms"] <= timing["p99_ms"] for timing in report["timings"])

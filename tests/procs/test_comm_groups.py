@@ -24,7 +24,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from anchortp.comm import GlooGroup, Group, PeerGroup, ShmGroup, ShmRegion, StagedGroup
+from anchortp.config import cache_folder
 from anchortp.errors import GroupError
+from anchortp.native import Library, build_kernels
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 
@@ -33,7 +35,7 @@ DEADLINE_S = 30.0
 SLOT_BYTES = 4096
 TWO_PHASE_FROM = 512  # floats: half of a slot, so that small tensors reach all the paths
 DTYPES = (torch.float32, torch.bfloat16)
-BACKENDS = ("shm", "gloo", "peer", "staged")
+BACKENDS = ("shm", "kernels", "gloo", "peer", "staged")
 
 
 # --- ranks as processes
@@ -83,6 +85,10 @@ class _SlowQueue:
         return reached
 
 
+def _library() -> str:
+    return str(build_kernels(cache_folder() / "kernels"))
+
+
 def _rank_main(
     backend: str,
     fd: int,
@@ -96,8 +102,9 @@ def _rank_main(
     torch.set_num_threads(1)
     before = _resources()
     region = ShmRegion.attach(fd, epoch=EPOCH)
-    if backend in ("shm", "staged"):
-        group: Group = ShmGroup(region, rank, timeout_s, two_phase_from=two_phase_from)
+    if backend in ("shm", "kernels", "staged"):
+        library = Library(_library(), "bfloat16") if backend == "kernels" else None
+        group: Group = ShmGroup(region, rank, timeout_s, two_phase_from=two_phase_from, library=library)
         group = StagedGroup(group) if backend == "staged" else group
     elif backend == "peer":
         size = 2 * region.slot_bytes

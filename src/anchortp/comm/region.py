@@ -13,6 +13,8 @@ Layout of the file, in cache lines of 64 bytes, words of 8:
 | 8 + rank | arrivals, step, tag of the last even and the last odd arrival: written by that rank alone |
 | next page on | `slot[parity][rank]`, `slot_bytes` each |
 
+Kernels take part in collectives of their own (`native/group.h`), by the same words.
+
 **What this assumes of the machine.** A flag is stored after the data it announces, by another Python
 bytecode, so no compiler can reorder the two, and x86's total store order shows them to every other core in
 that order; a load of the flag followed by loads of the data is kept in order as well. A word is 8 aligned
@@ -29,6 +31,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from typing import NoReturn
 
 from ..errors import ConfigError, GroupAborted, GroupTimeout, ProtocolError, StaleEpoch
 
@@ -202,37 +205,38 @@ class Rendezvous:
         self._words = region.words
         self._own = _rank_word(rank)
         self._peers = tuple(_rank_word(peer) for peer in range(region.size) if peer != rank)
-        self._arrived = 0
-        self._all_arrived = 0
         self._avoid_yield_until_s = 0.0
+
+    @property
+    def _arrived(self) -> int:
+        """How many collectives this rank has been in, those of a kernel (`native/group.h`) included."""
+        return self._words[self._own]
 
     def begin(self) -> int:
         """The parity of the next collective; its slot may be written from now on."""
         if self._words[_ABORT_WORD]:
             self._region.check()
-        if self._all_arrived < self._arrived:
-            self._wait_for_arrivals()
+        self._wait_for_arrivals()
         return (self._arrived + 1) & 1
 
     def arrive(self, tag: int) -> None:
         """Announces what was written since `begin`. `tag` says which collective this is, of what size."""
-        self._arrived += 1
-        self._words[self._own + _TAG + (self._arrived & 1)] = tag
-        self._words[self._own] = self._arrived
+        arrived = self._arrived + 1
+        self._words[self._own + _TAG + (arrived & 1)] = tag
+        self._words[self._own] = arrived
 
     def wait(self, tag: int) -> None:
         """Returns when every rank has arrived, and with the same tag."""
         self._wait_for_arrivals()
         tag_word = _TAG + (self._arrived & 1)
         for peer in self._peers:
-            assert self._words[peer + tag_word] == tag, self._describe_mismatch(tag)
+            assert self._words[peer + tag_word] == tag, self.describe_mismatch(tag)
 
     def _wait_for_arrivals(self) -> None:
         words, goal = self._words, self._arrived
         for peer in self._peers:
             if words[peer] < goal:
                 self.poll(lambda word=peer: words[word] >= goal)
-        self._all_arrived = goal
 
     def poll(self, ready: Callable[[], bool]) -> None:
         """Gives the core away until `ready()`; leaves with GroupAborted or GroupTimeout.
@@ -245,13 +249,16 @@ class Rendezvous:
                 self._region.check()
             now_s = time.monotonic()
             if now_s - start_s > self._timeout_s:
-                raise GroupTimeout(self._region.epoch, self._missing(), self._timeout_s)
+                self.time_out()
             if now_s - start_s > _LONG_WAIT_S:
                 time.sleep(_LONG_NAP_S)
             elif now_s < self._avoid_yield_until_s:
                 time.sleep(_NAP_S)
             else:
                 self._yield_core(now_s)
+
+    def time_out(self) -> NoReturn:
+        raise GroupTimeout(self._region.epoch, self._missing(), self._timeout_s)
 
     def _yield_core(self, now_s: float) -> None:
         os.sched_yield()
@@ -262,7 +269,7 @@ class Rendezvous:
     def _missing(self) -> tuple[int, ...]:
         return tuple(rank for rank, count in enumerate(self._region.progress()) if count < self._arrived)
 
-    def _describe_mismatch(self, tag: int) -> str:
+    def describe_mismatch(self, tag: int) -> str:
         tags = [self._words[_rank_word(r) + _TAG + (self._arrived & 1)] for r in range(self._region.size)]
         return f"different collectives at arrival {self._arrived}: rank {self._rank} has tag {tag}, all: {tags}"
 

@@ -7,14 +7,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from anchortp.native import GroupMemory, Library
+from anchortp.native.library import ABORTED, MISMATCH, TIMED_OUT
+
 from .region import Rendezvous, ShmRegion
 
-_REDUCE, _SPREAD, _GATHER, _BARRIER = range(4)  # the low bits of a tag
+# The low bits of a tag; `native/group.h` knows the last one, and how many bits there are.
+_REDUCE, _SPREAD, _GATHER, _BARRIER, _KERNEL = range(5)
+_TAG_BITS = 3
 
 # From this many elements on, every rank sums its own share only and copies the others' sums (two waits, less
 # memory traffic). Measured with 4 ranks on 2 cores; see bench/allreduce.py.
 TWO_PHASE_FROM = 131_072
 
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _LINE_FLOATS = 16
 _MAX_CACHED_SIZES = 64
 
@@ -23,19 +29,54 @@ class ShmGroup:
     """A `Group` over the slots of an `ShmRegion`, which must stay open and is not closed with the group.
 
     Small sums are one copy into the own slot, one wait, and one pass over all slots. A group of one is free.
+    `library`: kernels that do so for tensors of their dtype, with the same bits. All ranks have them or none has.
     """
 
-    def __init__(self, region: ShmRegion, rank: int, timeout_s: float, *, two_phase_from: int = TWO_PHASE_FROM):
+    def __init__(
+        self,
+        region: ShmRegion,
+        rank: int,
+        timeout_s: float,
+        *,
+        two_phase_from: int = TWO_PHASE_FROM,
+        library: Library | None = None,
+    ):
         self.epoch = region.epoch
         self.rank = rank
         self.size = region.size
         self._two_phase_from = two_phase_from
+        self._region = region
         self._rendezvous = Rendezvous(region, rank, timeout_s)
         self._slot_bytes = region.slot_bytes
         self._views: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         with torch.inference_mode(False):  # tensors made in inference mode could not be written outside of it
             self._slots = self._open_slots(region)
             self._scratch = torch.empty(region.slot_bytes // 4, dtype=torch.float32, device=self._slots[0][rank].device)
+        self._library = library
+        slots_at = self._slots[0][0].data_ptr()
+        self._memory = GroupMemory(
+            words=slots_at - region.slot_at(0, 0),
+            slots=slots_at,
+            slot_bytes=region.slot_bytes,
+            size=region.size,
+            rank=rank,
+            two_phase_from=two_phase_from,
+            timeout_ns=int(timeout_s * 1e9),
+        )
+
+    def memory_for(self, num: int) -> GroupMemory | None:
+        """What a kernel needs to take part for itself in a sum of `num` values; None if that is not for a kernel. What
+        it answers goes to `check`."""
+        fits = num <= self._slot_bytes // 4 or self.size == 1
+        return self._memory if self._library is not None and fits else None
+
+    def check(self, outcome: int) -> None:
+        """Raises what the outcome of a kernel's collective says."""
+        if outcome == ABORTED:
+            self._region.check()
+        if outcome == TIMED_OUT:
+            self._rendezvous.time_out()
+        assert outcome != MISMATCH, self._rendezvous.describe_mismatch(_KERNEL)
 
     def _open_slots(self, region: ShmRegion) -> list[list[Tensor]]:
         """uint8 `[slot_bytes]`, by parity and rank."""
@@ -57,7 +98,9 @@ class ShmGroup:
         flat = x.reshape(-1)
         num_floats = self._slot_bytes // 4
         for piece in (flat,) if flat.numel() <= num_floats else flat.split(num_floats):
-            if piece.numel() < self._two_phase_from:
+            if self._library is not None and self._library.dtype == _NAMES[x.dtype]:
+                self.check(self._library.all_reduce(self._memory, piece.data_ptr(), piece.numel()))
+            elif piece.numel() < self._two_phase_from:
                 self._reduce(piece)
             else:
                 self._reduce_and_spread(piece)
@@ -65,7 +108,7 @@ class ShmGroup:
 
     def _reduce(self, x: Tensor) -> None:
         """One phase: everybody sums everything."""
-        tag = x.numel() << 2 | _REDUCE
+        tag = x.numel() << _TAG_BITS | _REDUCE
         slots = self._floats(x.numel())[self._rendezvous.begin()]
         slots[self.rank].copy_(x)
         self._arrive(tag)
@@ -80,14 +123,14 @@ class ShmGroup:
         rendezvous, num = self._rendezvous, x.numel()
         partials = self._floats(num)[rendezvous.begin()]
         partials[self.rank].copy_(x)
-        self._arrive(num << 2 | _REDUCE)
-        rendezvous.wait(num << 2 | _REDUCE)
+        self._arrive(num << _TAG_BITS | _REDUCE)
+        rendezvous.wait(num << _TAG_BITS | _REDUCE)
 
         sums = self._floats(num)[rendezvous.begin()]
         own = self._share(num, self.rank)
         _sum_in_order([partial[own] for partial in partials], out=sums[self.rank][own])
-        self._arrive(num << 2 | _SPREAD)
-        rendezvous.wait(num << 2 | _SPREAD)
+        self._arrive(num << _TAG_BITS | _SPREAD)
+        rendezvous.wait(num << _TAG_BITS | _SPREAD)
         for rank in range(self.size):
             share = self._share(num, rank)
             x[share].copy_(sums[rank][share])
@@ -123,7 +166,7 @@ class ShmGroup:
         return self._gather_pieces(x, cols, root, largest_bytes)
 
     def _gather_views(self, x: Tensor, cols: Sequence[int], root: int) -> list[Tensor] | None:
-        slots = self._exchange(_as_bytes(x), x.shape[0] * sum(cols) << 2 | _GATHER, root)
+        slots = self._exchange(_as_bytes(x), x.shape[0] * sum(cols) << _TAG_BITS | _GATHER, root)
         if slots is None:
             return None
         col_bytes = x.shape[0] * x.element_size()
@@ -133,7 +176,7 @@ class ShmGroup:
         ]
 
     def _gather_pieces(self, x: Tensor, cols: Sequence[int], root: int, largest_bytes: int) -> list[Tensor] | None:
-        tag = x.shape[0] * sum(cols) << 2 | _GATHER
+        tag = x.shape[0] * sum(cols) << _TAG_BITS | _GATHER
         source = _as_bytes(x)
         outs = [x.new_empty(x.shape[0], num_cols) for num_cols in cols] if self.rank == root else []
         targets = [_as_bytes(out) for out in outs]

@@ -18,6 +18,7 @@ from anchortp.config import ModelConfig
 from anchortp.devices import Device
 from anchortp.model import Capture, CudaGraphs
 from anchortp.model.paged import FlashInfer, open_flashinfer
+from anchortp.native import Library
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,12 +88,20 @@ def _reached() -> bool:
     return True
 
 
-# Region, rank, timeout, the accelerator, a path for a store that no other group uses, and every rank's slots.
-_MakeGroup = Callable[[ShmRegion, int, float, Accelerator, str, list[Tensor]], Group]
+# Region, rank, timeout, the accelerator, a path for a store that no other group uses, every rank's slots, and kernels.
+_MakeGroup = Callable[[ShmRegion, int, float, Accelerator, str, list[Tensor], Library | None], Group]
 
 
-def _shm(region: ShmRegion, rank: int, timeout_s: float, accelerator: Accelerator, *_: object) -> Group:
-    host = ShmGroup(region, rank, timeout_s)
+def _shm(
+    region: ShmRegion,
+    rank: int,
+    timeout_s: float,
+    accelerator: Accelerator,
+    _: str,
+    __: list[Tensor],
+    library: Library | None,
+) -> Group:
+    host = ShmGroup(region, rank, timeout_s, library=library)
     return host if accelerator.torch_device is None else StagedGroup(host)
 
 
@@ -101,7 +110,7 @@ def _gloo(region: ShmRegion, rank: int, timeout_s: float, _: Accelerator, store_
 
 
 def _peer(
-    region: ShmRegion, rank: int, timeout_s: float, accelerator: Accelerator, _: str, slots: list[Tensor]
+    region: ShmRegion, rank: int, timeout_s: float, accelerator: Accelerator, _: str, slots: list[Tensor], *__: object
 ) -> Group:
     return PeerGroup(region, rank, timeout_s, slots, mark=accelerator.mark)
 

@@ -66,6 +66,7 @@ from anchortp.model import (
 )
 from anchortp.model.decoder import Gate
 from anchortp.model.paged import FlashInfer
+from anchortp.native import Library
 from anchortp.plan.plan import FromHost, FromPeer, Move
 from anchortp.recovery.change import arrangement
 from anchortp.state.client import AnchorClient, Arena
@@ -261,7 +262,7 @@ class Worker:
             ),
             accelerator=accelerator,
             paged=paged,
-            kernels=NativeKernels(order.kernels, config.dtype) if order.kernels else None,
+            kernels=NativeKernels(Library(order.kernels, config.dtype)) if order.kernels else None,
             anchor=anchor,
             probe=probe,
             order=order,
@@ -646,7 +647,8 @@ class Worker:
         make = GROUPS[a.order.collectives]
         store_path = Path(a.order.runtime_dir, f"{a.order.collectives}-{self._epoch}")
         slots = self._all_slots(devices) if a.order.collectives == "peer" else []
-        group = make(self._region, rank, GROUP_TIMEOUT_S, a.accelerator, str(store_path), slots)
+        library = a.kernels.library if a.kernels else None
+        group = make(self._region, rank, GROUP_TIMEOUT_S, a.accelerator, str(store_path), slots, library)
         return _ProbedGroup(group, a.probe) if a.probe else group
 
     def _all_slots(self, devices: Sequence[str]) -> list[torch.Tensor]:
@@ -678,11 +680,9 @@ class Worker:
             load = self._expert_load(self._decoder)
             self._send(m.StepDone(epoch=order.epoch, step=batch.step, sampled=sampled, expert_load=load))
         a.probe.at("between")
-        if gate is None:  # a millisecond: nothing that a stream or a recovery would notice
+        if gate is None and self._graphs is not None:  # a millisecond: nothing that a stream or a recovery would notice
             with torch.inference_mode(), a.accelerator.placing():
-                self._decoder.weights.copy_next()
-                if self._graphs is not None:
-                    self._graphs.capture_next()
+                self._graphs.capture_next()
 
     def _forward(self, seqs: Sequence[ScheduledSeq], gate: Gate | None) -> torch.Tensor | None:
         a = self._assigned()

@@ -117,7 +117,6 @@ class Decoder:
         `bound_to` names are kept as long as it stays the same."""
         shard = layout.shards[rank]
         assert weights.shard == shard and kv_cache.shard == shard, "views of another shard"
-        weights.take_copies(self.weights)
         bound_to = (shard, weights.address, kv_cache.address, kv_cache.num_blocks)
         if bound_to != self.bound_to:
             self.bound_to = bound_to
@@ -146,16 +145,21 @@ class Decoder:
         step = self.prepare(batch)
         if self.moe is not None:
             self.moe.begin(batch.positions)
-        x, more = group.all_reduce(self.embed(batch.token_ids)), None
+        x = self.layers(group.all_reduce(self.embed(batch.token_ids)), step, group, gate)
+        if gate:
+            gate(self.config.num_layers)
+        return self.logits(x.index_select(0, batch.sample_rows), group)
+
+    def layers(self, x: Tensor, step: Step, group: ReduceGroup, gate: Gate | None) -> Tensor:
+        """The residual stream `x` `[rows, hidden]`, of which no more is needed, through all layers."""
+        more = None
         for index, layer in enumerate(self.weights.layers):
             if gate:
                 gate(index)
             more = group.all_reduce(self.attention(index, layer, self.add_norm(x, more, layer.input_norm), step))
             more = group.all_reduce(self.mlp(index, layer, self.add_norm(x, more, layer.post_norm)))
-        if gate:
-            gate(self.config.num_layers)
         assert more is not None, "a model without layers"
-        return self.logits(x.add_(more).index_select(0, batch.sample_rows), group)
+        return x.add_(more)
 
     def prepare(self, batch: ForwardBatch, attend: Attend | None = None) -> Step:
         """`attend`: made for this batch already."""

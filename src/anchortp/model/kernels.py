@@ -17,9 +17,11 @@ class TorchKernels:
         """`x @ weight.T`."""
         return panels.linear(x, weight)
 
-    def times(self, x: Tensor, weight: Matrix) -> Tensor:
-        """`x @ weight` of a plain matrix; of `panels.across` the same."""
-        return self.linear(x, weight) if isinstance(weight, Panels) else torch.mm(x, weight)
+    def times(self, x: Tensor, weight: Tensor) -> Tensor:
+        """`x @ weight`."""
+        out = x.new_empty(x.shape[0], weight.shape[1])
+        self.times_into(out, x, weight)
+        return out
 
     def linear_into(self, out: Tensor, x: Tensor, weight: Matrix) -> None:
         """As `linear`, written into `out` (contiguous)."""
@@ -27,6 +29,10 @@ class TorchKernels:
             out.copy_(self.linear(x, weight))
         else:
             torch.mm(x, weight.t(), out=out)
+
+    def times_into(self, out: Tensor, x: Tensor, weight: Tensor) -> None:
+        """As `times`, written into `out` (contiguous)."""
+        torch.mm(x, weight, out=out)
 
     def gate(self, both: Tensor, block: int) -> Tensor:
         """`[rows, 2 * columns]`, `block` columns of gate, then as many of up, and so on -> `silu(gate) * up`, `[rows,

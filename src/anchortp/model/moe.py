@@ -134,7 +134,7 @@ class MoE:
         gated = self._kernels.gate(both, self._block)
         out = torch.empty_like(x)
         for local, rows in parts:
-            torch.mm(gated[rows], local.down, out=out[rows])
+            self._kernels.times_into(out[rows], gated[rows], local.down)
         return out
 
 

@@ -51,20 +51,6 @@ def linear(x: Tensor, weight: Matrix) -> Tensor:
     return F.linear(x, weight)
 
 
-def across(weight: Tensor) -> Panels | None:
-    """Of a plain matrix `[columns, hidden]`: a copy in panels whose rows are its columns, for `x @ weight`. None if its
-    sizes are none of whole panels."""
-    columns, hidden = weight.shape
-    if columns % PANEL_COLUMNS or hidden % PANEL_ROWS:
-        return None
-    pairs = weight.view(columns // 2, 2, hidden // PANEL_ROWS, PANEL_ROWS)
-    memory = weight.new_empty(hidden, columns)
-    panels = memory.view(hidden // PANEL_ROWS, columns // 2, PANEL_ROWS, 2)
-    for place in range(2):
-        panels[..., place].copy_(pairs[:, place].transpose(0, 1))
-    return panel_matrix(memory)
-
-
 def take_rows(panels: Tensor, rows: Tensor) -> Tensor:
     """Rows (int64 `[n]`) of a matrix `[.., hidden]` in panels -> plain `[n, hidden]`."""
     pairs = panels.view(torch.int32).view(-1, panels.shape[1] // 2, PANEL_ROWS)

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from anchortp.layout import ATTENTION, EXPERT, MLP, ModelUnits, ReplicatedTensor, Shard, UnitTensor, WeightAddresses
-from anchortp.model.panels import Matrix, across, check_panels, panel_matrix, take_rows
+from anchortp.layout import EXPERT, MLP, ModelUnits, ReplicatedTensor, Shard, UnitTensor, WeightAddresses
+from anchortp.model.panels import Matrix, check_panels, panel_matrix, take_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerWeights:
     """One layer, units in slot order. Every matrix has the hidden axis last: q, kv and gate_up, used as `x @ W.T`
-    (`TorchKernels.linear`), and o and down, stored transposed, used as `x @ W` (`times`); they may be in panels. A
+    (`TorchKernels.linear`), which may be in panels, and o and down, stored transposed, used as `x @ W` (`times`). A
     layer has an MLP, or a router to experts, which `WeightViews.experts` has."""
 
     input_norm: Tensor  # [hidden]
     post_norm: Tensor  # [hidden]
     q: Matrix  # [q heads * head_dim, hidden]
     kv: Matrix  # [kv heads * 2 * head_dim, hidden]: per head the rows of k, then of v
-    o: Matrix  # [q heads * head_dim, hidden]
+    o: Tensor  # [q heads * head_dim, hidden]
     gate_up: Matrix | None = None  # [blocks * 2 * mlp_block, hidden]: per block the rows of gate, then of up
-    down: Matrix | None = None  # [blocks * mlp_block, hidden]
+    down: Tensor | None = None  # [blocks * mlp_block, hidden]
     router: Tensor | None = None  # [experts, hidden]
     q_norm: Tensor | None = None  # [head_dim], Qwen3
     k_norm: Tensor | None = None
@@ -40,8 +40,8 @@ class WeightViews:
 
     `buffer`: 1-D uint8 over the whole arena. Only the slots of `shard` are ever touched through the views.
 
-    Where weights lie in panels, o and down of the layers cannot: a panel of theirs has a part of every unit, so it
-    could not grow in place. `copy_next` makes copies of them in panels, one at a time, in the worker's own memory.
+    Where weights lie in panels, o and down of the layers do not: a panel of theirs would have a part of every unit, so
+    it could not grow in place.
     """
 
     def __init__(self, buffer: Tensor, addresses: WeightAddresses, shard: Shard):
@@ -61,29 +61,6 @@ class WeightViews:
         ]
         # gate_up [2 * columns, hidden] (maybe opaque), down [columns, hidden], by layer * num_experts + expert
         self.experts: dict[int, tuple[Matrix, Tensor]] = self._experts()
-        crossing = {"o": ATTENTION} | ({} if units.config.moe else {"down": MLP})
-        self._crossing = {key: family for key, family in crossing.items() if units.config.panels and shard[family]}
-        self._copies: dict[tuple[str, int], Matrix] = {}
-
-    def take_copies(self, other: WeightViews) -> None:
-        """Those of `other` whose units are in the same slots here."""
-        for key, family in self._crossing.items():
-            if self.shard[family] == other.shard[family]:
-                for (_, layer), copy in [item for item in other._copies.items() if item[0][0] == key]:
-                    self._use_copy(key, layer, copy)
-
-    def copy_next(self) -> bool:
-        """Copies one more o or down into panels; False if there are copies of all. Its weights must be there."""
-        every = ((key, layer) for layer in range(len(self.layers)) for key in self._crossing)
-        key, layer = next((place for place in every if place not in self._copies), ("", 0))
-        if key:
-            view = self._view(key, layer)
-            self._use_copy(key, layer, across(view) or view)
-        return bool(key)
-
-    def _use_copy(self, key: str, layer: int, copy: Matrix) -> None:
-        self._copies[key, layer] = copy
-        self.layers[layer] = replace(self.layers[layer], **{key: copy})
 
     def embedding(self, rows: Tensor) -> Tensor:
         """`[n, hidden]`: the embeddings in local rows (int64 `[n]`), of which there must be some."""

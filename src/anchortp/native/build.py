@@ -1,4 +1,4 @@
-"""Compiles `kernels.cpp` for this machine, once: what it made is kept in the cache folder. Free of torch.
+"""Compiles `kernels.cpp` and its headers for this machine, once: what it made is kept in the cache. Free of torch.
 
 A C++ compiler is all that it needs, no headers of Python or torch: the kernels are functions over pointers. They could
 come compiled if they did not have to be for the very CPU: without its vector instructions they would gain nothing.
@@ -31,7 +31,8 @@ def build_kernels(folder: Path) -> Path:
 
     Raises ConfigError if it cannot be: there is no compiler, or it fails.
     """
-    made_of = (SOURCE.read_bytes(), " ".join(FLAGS).encode(), " ".join(sorted(cpu_flags())).encode())
+    sources = [path.read_bytes() for path in (SOURCE, *sorted(SOURCE.parent.glob("*.h")))]
+    made_of = (*sources, " ".join(FLAGS).encode(), " ".join(sorted(cpu_flags())).encode())
     library = folder / f"kernels-{hashlib.sha256(b'|'.join(made_of)).hexdigest()[:16]}.so"
     if not library.exists():
         _compile(library)
