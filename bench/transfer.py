@@ -5,7 +5,9 @@
 A model with the layer shapes of Qwen3-8B and random weights is made once. Each device is a process with a memfd
 arena; a plan of the policy is carried out by the executor (`anchortp.transfer`), stage by stage, all devices at once,
 sums checked. Then the arenas are brought back to where they were. Weights are laid out as the engine does by default,
-and kept packed as with `--packed-weights`.
+and kept packed as with `--packed-weights`: the file's pages are mapped before the clock starts, as a worker's packer
+does it when it has nothing better to do, and read by `anchortp.transfer.streamed` if there is a C++ compiler. The clock
+stops when the last device has said that it is done; what it unmaps then is in the CPU time alone.
 
 The floor is the same run's, and in turn with the loads: lost bytes over the bytes per second that `--threads` threads
 copy from warm memory to warm memory. Destinations are mapped before the clock starts; with `--cold-pages` the load has
@@ -35,14 +37,16 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 from anchortp.arena import MemfdArena
-from anchortp.config import load_model_config, reads_panels
+from anchortp.config import cache_folder, load_model_config, reads_panels
 from anchortp.layout import ModelUnits, Shard, WeightAddresses, empty_shard, initial_layout, model_units
 from anchortp.plan import POLICIES, FromHost, FromPeer, Move, Plan, Problem, local
 from anchortp.plan.plan import REPLICATED
 from anchortp.transfer.checkpoint import Checkpoint
 from anchortp.transfer.executor import Hooks, Load, Loaded
 from anchortp.transfer.packed import PackedWeights, Packer
+from anchortp.transfer.queue import Failure
 from anchortp.transfer.sources import Destination, HostSource, PeerSource
+from anchortp.transfer.streamed import find_streamer
 from anchortp.transfer.work import HOST, Geometry, complete
 from bench.common import conditions, console, finish, spread
 from bench.gpu_sections import QWEN3_8B
@@ -168,12 +172,20 @@ class Worker:
             self._reserve(order, moves)
             pipe.send("ready")
             assert pipe.recv() == "go"
-            pipe.send(self._load(order))
+            pipe.send(self._load(order, pipe))
 
     def _pack(self, order: Pack) -> None:
         self.packed = PackedWeights(order.path, self.geometry)
         view = memoryview(self.buffer.numpy())
-        packer = Packer(self.packed, self.geometry, order.shard, lambda start, stop: view[start:stop], pace=1.0)
+        library_folder = cache_folder() / "kernels"
+        packer = Packer(
+            self.packed,
+            self.geometry,
+            order.shard,
+            lambda start, stop: view[start:stop],
+            pace=1.0,
+            library_folder=library_folder,
+        )
         packer.start()
         packer.join()
 
@@ -190,32 +202,33 @@ class Worker:
             else:
                 self.destination.prepare(chunk.start, chunk.stop)
 
-    def _load(self, order: Order) -> tuple[Loaded, float]:
-        """The result, and the CPU time of this process for it: that hardly depends on what else runs here."""
-        done, began_s = threading.Event(), time.process_time()
-        results: list = []
+    def _load(self, order: Order, pipe: Connection) -> float:
+        """Sends the result from the load's thread, as an engine's worker does. Returns the CPU time of this process,
+        with what follows that: it hardly depends on what else runs here."""
+        ended, began_s = threading.Event(), time.process_time()
 
-        def ended(result) -> None:
-            results.append(result)
-            done.set()
+        def on_end(result: Loaded | Failure) -> None:
+            pipe.send(result)
+            ended.set()
 
         load = Load(
             self.geometry,
             self.geometry.chunks(self._moves(order)),
             self.destination,
-            Hooks(open_source=self._source, on_end=ended),
+            Hooks(open_source=self._source, on_end=on_end),
             expected=order.expected,
             num_movers=order.num_movers,
         )
         load.start()
-        assert done.wait(TIMEOUT_S), "the load does not end"
+        assert ended.wait(TIMEOUT_S), "the load does not end"
         load.cancel()
-        return results[0], time.process_time() - began_s
+        return time.process_time() - began_s
 
     def _source(self, name: str):
         if name == HOST:
             return HostSource(self.checkpoint, self.packed)
-        return PeerSource(name, self.arenas[name], is_gone=lambda: False, on_close=lambda: None)
+        arena, stream = self.arenas[name], find_streamer(cache_folder() / "kernels")
+        return PeerSource(name, arena, is_gone=lambda: False, on_close=lambda: None, stream=stream)
 
 
 class Machine:
@@ -277,12 +290,11 @@ class Machine:
         began_s = time.perf_counter()
         for device in orders:
             self._pipes[device].send("go")
-        answers = {device: self._answer(device) for device in orders}
+        results = {device: self._answer(device) for device in orders}
         took_s = time.perf_counter() - began_s
-        results = {device: result for device, (result, _) in answers.items()}
         for device, result in results.items():
             assert isinstance(result, Loaded) and not result.rerouted, f"{device}: {result}"
-        return took_s, sum(cpu_s for _, cpu_s in answers.values()), results
+        return took_s, sum(self._answer(device) for device in orders), results
 
     def _answer(self, device: str):
         assert self._pipes[device].poll(TIMEOUT_S), f"{device} does not answer"

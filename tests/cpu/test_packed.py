@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from anchortp.layout import empty_shard, initial_layout
+from anchortp.transfer import packed as packed_weights
 from anchortp.transfer import sources, work
 from anchortp.transfer.checksum import digest
 from anchortp.transfer.device import DeviceDestination
 from anchortp.transfer.executor import Loaded
 from anchortp.transfer.packed import PackedWeights, Packer, is_packed
 from anchortp.transfer.sources import HostSource
+from anchortp.transfer.streamed import open_streamer
 from tests.cpu.transfer_tools import Bench
 from tests.tiny_model import write_model
 
@@ -43,11 +45,31 @@ def shard_of(bench):
     return initial_layout(bench.units, ["cpu:0"]).shards[0]
 
 
-def fill(bench, packed):
-    buffer = bench.fill("cpu:0", shard_of(bench))
-    packer = Packer(packed, bench.geometry, shard_of(bench), DeviceDestination(buffer).view, pace=1.0)
-    packer.start()
-    packer.join()
+@pytest.fixture(params=["descriptor", "mapping"])
+def fill(request, library_folder, monkeypatch):
+    """Packs what the bench's first device holds; then it is read in one way or the other."""
+    monkeypatch.setattr(packed_weights, "LOOK_EVERY_S", 0.0)
+
+    def fill(bench, packed):
+        buffer = bench.fill("cpu:0", shard_of(bench))
+        folder = library_folder if request.param == "mapping" else None
+        view = DeviceDestination(buffer).view
+        packer = Packer(packed, bench.geometry, shard_of(bench), view, pace=1.0, library_folder=folder)
+        packer.start()
+        packer.join()
+        return packed._mapped.total == (bytes_kept(bench) if folder else 0)
+
+    return fill
+
+
+@pytest.fixture(scope="module")
+def library_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("library")
+
+
+def bytes_kept(bench):
+    regions = [r for regions in bench.geometry.regions.values() for r in regions if is_packed(bench.units, r)]
+    return sum(region.block_bytes * bench.units.num_units[region.family] for region in regions)
 
 
 def reads(bench, packed):
@@ -60,7 +82,7 @@ def reads(bench, packed):
         came = digests is not None
         assert digests in (
             None,
-            [digest(memoryview(out.numpy())[s.start - chunk.start :][: s.stop - s.start]) for s in chunk.segments()],
+            [digest(memoryview(out.numpy())[s.start - chunk.start :][: s.stop - s.start]) for s in chunk.segments],
         )
         assert came == (came and is_packed(bench.units, chunk.region))
         if is_packed(bench.units, chunk.region):
@@ -70,21 +92,21 @@ def reads(bench, packed):
     return found
 
 
-def test_what_was_packed_is_read_back_and_the_rest_is_not_there(bench, packed):
+def test_what_was_packed_is_read_back_and_the_rest_is_not_there(bench, packed, fill):
     assert not any(reads(bench, packed))
-    fill(bench, packed)
+    assert fill(bench, packed)
     found = reads(bench, packed)
     assert found and all(found)
 
 
-def test_another_process_sees_what_one_has_written(bench, packed, tmp_path):
+def test_another_process_sees_what_one_has_written(bench, packed, fill, tmp_path):
     other = PackedWeights(tmp_path / "cache" / "columns", bench.geometry)
     fill(bench, packed)
     assert all(reads(bench, other))
     other.close()
 
 
-def test_a_torn_segment_is_not_believed_and_the_load_reads_the_checkpoint(bench, packed, tmp_path):
+def test_a_torn_segment_is_not_believed_and_the_load_reads_the_checkpoint(bench, packed, fill, tmp_path):
     fill(bench, packed)
     with (tmp_path / "cache" / "columns").open("r+b") as file:
         (byte,) = file.read(1)
@@ -106,12 +128,33 @@ def with_packed(source: HostSource, packed: PackedWeights) -> HostSource:
     return sources.HostSource(source._checkpoint, packed)
 
 
-def test_a_file_that_was_cut_off_is_as_good_as_empty(bench, packed, tmp_path):
+def test_a_file_that_was_cut_off_is_as_good_as_empty(bench, packed, fill, tmp_path):
     fill(bench, packed)
     table_at = os.path.getsize(tmp_path / "cache" / "columns") - len(packed._map)
     with open(tmp_path / "cache" / "columns", "r+b") as file:
         file.write(bytes(table_at))
     assert not any(reads(bench, packed))
+
+
+def test_a_file_that_has_become_shorter_is_left_alone(bench, packed, fill, tmp_path):
+    fill(bench, packed)
+    assert all(reads(bench, packed))
+    os.truncate(tmp_path / "cache" / "columns", 0)
+    assert not any(reads(bench, packed)), "to touch what was mapped would have ended this process"
+    fill(bench, packed)
+    assert not any(reads(bench, packed)), "nor is it written to"
+
+
+def test_what_was_written_later_is_read_through_the_descriptor_until_it_is_mapped(bench, packed, library_folder):
+    stream = open_streamer(library_folder)
+    assert list(packed.map_ahead(stream)) == [] and not packed._mapped
+    buffer = bench.fill("cpu:0", shard_of(bench))
+    packer = Packer(packed, bench.geometry, shard_of(bench), DeviceDestination(buffer).view, pace=1.0)
+    packer.start()
+    packer.join()
+    assert all(reads(bench, packed)) and not packed._mapped
+    assert list(packed.map_ahead(stream)) and packed._mapped.total == bytes_kept(bench)
+    assert all(reads(bench, packed)) and list(packed.map_ahead(stream)) == [], "once is enough"
 
 
 def test_stop_ends_the_packer(bench, packed):

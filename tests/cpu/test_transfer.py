@@ -24,6 +24,7 @@ from anchortp.transfer.executor import Loaded
 from anchortp.transfer.faulty import Fault
 from anchortp.transfer.queue import Failure
 from anchortp.transfer.sources import Destination, map_pages
+from anchortp.transfer.streamed import open_streamer
 from anchortp.transfer.work import HOST
 from tests.cpu.transfer_tools import Bench, moves_from
 from tests.tiny_model import Oracle, write_model
@@ -42,19 +43,29 @@ def folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("model"), dtype="bfloat16", tie_word_embeddings=False)
 
 
+@pytest.fixture(scope="module")
+def stream(tmp_path_factory):
+    return open_streamer(tmp_path_factory.mktemp("library"))
+
+
 @pytest.fixture
-def bench(folder):
-    bench = Bench(folder)
+def bench(folder, stream):
+    bench = Bench(folder, stream=stream)
     yield bench
     bench.close()
 
 
+@pytest.fixture(params=["descriptor", "mapping"])
+def peers_are_read(request):
+    return request.param
+
+
 @pytest.fixture(params=[False, True], ids=["plain", "panels"])
-def wide(request, tmp_path):
+def wide(request, tmp_path, peers_are_read, stream):
     """A model whose weights may lie in panels."""
     shape = {"head_dim": 64, "intermediate_size": 512, "vocab_size": 600}
     folder = write_model(tmp_path / "wide", dtype="bfloat16", tie_word_embeddings=False, **shape)
-    bench = Bench(folder, panels=request.param)
+    bench = Bench(folder, panels=request.param, stream=stream if peers_are_read == "mapping" else None)
     in_panels = {tensor.key for tensor in bench.units.tensors if bench.units.in_panels(tensor)}
     assert in_panels == ({"q", "kv", "gate_up", "lm_head"} if request.param else set())
     yield bench

@@ -19,15 +19,17 @@ from anchortp.transfer.faulty import Fault, FaultySource
 from anchortp.transfer.loader import load_replicated, load_units
 from anchortp.transfer.queue import Failure
 from anchortp.transfer.sources import Destination, HostSource, PeerSource
+from anchortp.transfer.streamed import Streamer
 from anchortp.transfer.work import HOST, Geometry, complete
 
 END_TIMEOUT_S = 60.0
 
 
 class Bench:
-    """A checkpoint and the arenas of devices; closes what it opened."""
+    """A checkpoint and the arenas of devices; closes what it opened. `stream`: how peers are read."""
 
-    def __init__(self, folder: Path, *, panels: bool = False):
+    def __init__(self, folder: Path, *, panels: bool = False, stream: Streamer | None = None):
+        self.stream = stream
         self.units = model_units(replace(load_model_config(folder), panels=panels))
         self.addresses = WeightAddresses(units=self.units)
         self.geometry = Geometry(self.addresses)
@@ -104,7 +106,8 @@ class Bench:
         def close():
             self.num_closed += 1
 
-        return PeerSource(device, self.arenas[device], is_gone=lambda: device in self.gone, on_close=close)
+        arena = self.arenas[device]
+        return PeerSource(device, arena, is_gone=lambda: device in self.gone, on_close=close, stream=self.stream)
 
     def close(self) -> None:
         self.buffers.clear()

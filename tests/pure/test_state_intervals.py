@@ -46,6 +46,13 @@ def test_a_copy_is_independent(steps: list[tuple[str, tuple[int, int]]], more: t
     assert list(intervals) == before and intervals.total == sum(b - a for a, b in before)
 
 
+@given(operations, ranges)
+def test_it_covers_what_has_no_member_outside(steps: list[tuple[str, tuple[int, int]]], asked: tuple[int, int]) -> None:
+    intervals = IntervalSet(bounds for name, bounds in steps if name == "add")
+    start, stop = asked[0], asked[1] + 1
+    assert intervals.covers(start, stop) == all(member in intervals for member in range(start, stop))
+
+
 @given(operations, operations)
 def test_a_difference_is_what_the_other_set_lacks(steps, more) -> None:
     one, other = (IntervalSet(bounds for name, bounds in made if name == "add") for made in (steps, more))

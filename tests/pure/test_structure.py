@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "eplb": {"layout"},
     "arena": set(),
     "state": {"arena"},
-    "transfer": {"arena", "plan", "layout"},
+    "transfer": {"arena", "plan", "layout", "native"},
     "native": set(),
     "comm": {"native"},
     "model": {"layout", "native"},

@@ -113,7 +113,7 @@ def test_a_chunk_is_whole_segments_or_a_part_of_one_and_knows_where_its_source_l
     full = random_shard(rng, geo)
     moves = random_moves(rng, geo, empty_shard("cpu:0"), full)
     for chunk in geo.chunks(moves):
-        segments = chunk.segments()
+        segments = chunk.segments
         covered = all(chunk.start <= s.start and s.stop <= chunk.stop for s in segments)
         assert covered or len(segments) == 1
         assert chunk.num_bytes <= max(work.CHUNK_BYTES, chunk.region.block_bytes)

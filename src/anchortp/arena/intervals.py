@@ -86,6 +86,12 @@ class IntervalSet:
         index = bisect_right(self._starts, member) - 1
         return index >= 0 and member < self._stops[index]
 
+    def covers(self, start: int, stop: int) -> bool:
+        """Whether all members of `[start, stop)` are in it; there must be some."""
+        assert 0 <= start < stop, (start, stop)
+        index = bisect_right(self._starts, start) - 1
+        return index >= 0 and stop <= self._stops[index]
+
     def __bool__(self) -> bool:
         return self._total > 0
 

@@ -23,7 +23,7 @@ import torch
 
 from anchortp.arena import IntervalSet, MemfdArena, PinnedMapping
 from anchortp.comm import Group, ShmRegion
-from anchortp.config import load_model_config
+from anchortp.config import cache_folder, load_model_config
 from anchortp.devices import Device, parse_device
 from anchortp.engine import messages as m
 from anchortp.engine.accelerator import GROUPS, Accelerator
@@ -79,6 +79,7 @@ from anchortp.transfer.fingerprint import fingerprint
 from anchortp.transfer.packed import PackedWeights, Packer, open_packed
 from anchortp.transfer.queue import Failure
 from anchortp.transfer.sources import Destination, HostSource, PeerSource, Source, map_pages
+from anchortp.transfer.streamed import find_streamer
 from anchortp.transfer.tensors import tensor_of
 from anchortp.transfer.work import EMBED_POSITION, Geometry, complete
 from anchortp.transfer.work import HOST as HOST_SOURCE
@@ -423,7 +424,9 @@ class Worker:
             if self._packed is None or self._packer is not None or waits:
                 return
             view = _destination(*self._arenas[WEIGHTS_ARENA]).view
-            self._packer = Packer(self._packed, self._assigned().geometry, self._shard, view)
+            library_folder = cache_folder() / "kernels"
+            geometry = self._assigned().geometry
+            self._packer = Packer(self._packed, geometry, self._shard, view, library_folder=library_folder)
             self._packer.start()
 
     def _source(self, name: str) -> Source:
@@ -765,9 +768,10 @@ def _arena_source(
     is_gone: Callable[[], bool],
     on_close: Callable[[], None],
 ) -> Source:
-    """A memfd is read through its descriptor, chunks through their mapping."""
+    """A memfd is mapped a little at a time, if at all; chunks are read through their mapping."""
     if isinstance(arena, MemfdArena):
-        return PeerSource(device, arena, is_gone=is_gone, on_close=on_close)
+        stream = find_streamer(cache_folder() / "kernels")
+        return PeerSource(device, arena, is_gone=is_gone, on_close=on_close, stream=stream)
     assert buffer is not None
     return MappedSource(device, buffer, is_gone=is_gone, on_close=on_close)
 

@@ -6,6 +6,7 @@ judged as soon as it is there, while it is still in the cache, and a load can te
 
 from __future__ import annotations
 
+import struct
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -51,22 +52,20 @@ class SumBook:
 
     def __init__(self, geometry: Geometry, chunks: Sequence[Chunk], expected: Mapping[str, str]):
         self._geometry = geometry
+        self._chunks = chunks
         self._expected = expected
+        self._parsed: dict[tuple[str, int], tuple[int, ...]] = {}  # of `expected`, by family and unit
         self._digests: dict[tuple[str, int, int], dict[int, int]] = defaultdict(dict)  # by family, unit and slot
         self._parts: dict[int, IntervalSet] = defaultdict(IntervalSet)  # by the start of a segment that comes in parts
-        self._brings: dict[int, set[int]] = defaultdict(set)  # the chunks that bring a segment, by its start
         self._missing = [set[int]() for _ in range(geometry.num_positions)]  # starts of segments, by position
-        self._segments = [chunk.segments() for chunk in chunks]
-        for index, chunk in enumerate(chunks):
-            for segment in self._segments[index]:
-                self._brings[segment.start].add(index)
-                self._missing[chunk.position].add(segment.start)
+        for chunk in chunks:
+            self._missing[chunk.position].update(segment.start for segment in chunk.segments)
         self._num_missing = sum(map(len, self._missing))
 
-    def arrived(self, index: int, chunk: Chunk) -> list[Segment]:
-        """The bytes of the `index`-th chunk are there: the segments that are whole by now."""
-        segments = self._segments[index]
-        if segments[0].start >= chunk.start and segments[-1].stop <= chunk.stop:
+    def arrived(self, chunk: Chunk) -> list[Segment]:
+        """The bytes of the chunk are there: the segments that are whole by now."""
+        segments = chunk.segments
+        if chunk.is_whole:
             return segments
         (segment,) = segments  # chunks are cut so
         parts = self._parts[segment.start]
@@ -75,15 +74,21 @@ class SumBook:
 
     def expected(self, segment: Segment) -> int | None:
         """What the segment should add up to, if that is known."""
-        known = self._expected.get(sum_key(segment.family, segment.unit), "")
-        if len(known) != DIGITS * self._geometry.num_segments[segment.family]:
-            return None
-        return int(known[segment.index * DIGITS : (segment.index + 1) * DIGITS], 16)
+        key = segment.family, segment.unit
+        if key not in self._parsed:
+            self._parsed[key] = self._parse(*key)
+        known = self._parsed[key]
+        return known[segment.index] if known else None
 
-    def accept(self, chunk: Chunk, digests: Mapping[Segment, int]) -> None:
+    def _parse(self, family: str, unit: int) -> tuple[int, ...]:
+        known = self._expected.get(sum_key(family, unit), "")
+        count = self._geometry.num_segments[family]
+        return struct.unpack(f">{count}Q", bytes.fromhex(known)) if len(known) == DIGITS * count else ()
+
+    def accept(self, chunk: Chunk, segments: Sequence[Segment], digests: Sequence[int]) -> None:
         """These segments, which the chunk made whole, are right."""
         missing = self._missing[chunk.position]
-        for segment, found in digests.items():
+        for segment, found in zip(segments, digests, strict=True):
             self._digests[segment.family, segment.unit, segment.slot][segment.index] = found
             self._num_missing -= segment.start in missing
             missing.discard(segment.start)
@@ -91,7 +96,8 @@ class SumBook:
     def reject(self, segment: Segment) -> set[int]:
         """The segment is wrong; returns the chunks (their numbers) that have to bring it again."""
         self._parts.pop(segment.start, None)
-        return self._brings[segment.start]
+        bring = enumerate(self._chunks)
+        return {index for index, chunk in bring if any(s.start == segment.start for s in chunk.segments)}
 
     @property
     def is_complete(self) -> bool:

@@ -19,7 +19,7 @@ from anchortp.transfer.checksum import SumBook, digest
 from anchortp.transfer.device import DeviceDestination
 from anchortp.transfer.queue import Failure, Flight, Limits, TransferQueue
 from anchortp.transfer.sources import Destination, Source, Stopped
-from anchortp.transfer.work import HOST, Chunk, Geometry
+from anchortp.transfer.work import HOST, Chunk, Geometry, Segment
 
 NUM_MOVERS = 2
 PROGRESS_EVERY_S = 0.05
@@ -227,10 +227,10 @@ class Load:
             now_s = time.monotonic()
             result = self._queue.failure or self._loaded(now_s)
             self._wake_all()
-        for source in self._sources.values():
-            source.close()
         if not cancelled:
             self._hooks.on_end(result)
+        for source in self._sources.values():  # nobody has to wait until what they mapped is gone
+            source.close()
 
     def _loaded(self, now_s: float) -> Loaded:
         return Loaded(
@@ -321,26 +321,34 @@ class Load:
         with self._changed:
             del self._stops[flight.key]
             self._queue.finish(flight, time.monotonic())
-            whole = self._book.arrived(flight.index, chunk)
+            whole = self._book.arrived(chunk)
+            if digests == [self._book.expected(segment) for segment in whole]:
+                self._accept(chunk, whole, digests)
+                return  # nearly always
         if digests is None:
             digests = [digest(self._destination.view(segment.start, segment.stop)) for segment in whole]
-        found = dict(zip(whole, digests, strict=True))
-        wanted = {segment: self._book.expected(segment) for segment in whole}
-        wrong = {s: _wrong_sum(flight) for s, value in wanted.items() if value not in (None, found[s])}
-        if None in wanted.values():
+        wanted = [self._book.expected(segment) for segment in whole]
+        pairs = zip(whole, wanted, digests, strict=True)
+        wrong = {segment: _wrong_sum(flight) for segment, value, found in pairs if value not in (None, found)}
+        if None in wanted:
             try:
                 source.check_unchanged()
             except (OSError, AnchorTPError) as error:
-                wrong |= {s: f"{chunk}: {error}" for s, value in wanted.items() if value is None}
+                wrong |= {s: f"{chunk}: {error}" for s, value in zip(whole, wanted, strict=True) if value is None}
         with self._changed:
             if not wrong:
-                self._book.accept(chunk, found)
+                self._accept(chunk, whole, digests)
+                return
             again = {index: reason for segment, reason in wrong.items() for index in self._book.reject(segment)}
             for index, reason in again.items():
                 self._queue.reject(index, reason)
-            self._changed.notify_all()
-            if self.is_whole or self._queue.failure:
-                self._wake_all()
+            self._wake_all()
+
+    def _accept(self, chunk: Chunk, segments: Sequence[Segment], digests: Sequence[int]) -> None:
+        self._book.accept(chunk, segments, digests)
+        self._changed.notify_all()
+        if self.is_whole:
+            self._wake_all()
 
     def _source(self, name: str) -> Source:
         if (source := self._sources.get(name)) is not None:
@@ -358,6 +366,8 @@ class Load:
 
     def _prefetch(self, source: Source) -> None:
         """Asks the disk for what will be read from the host, a window ahead. Cached files cost next to nothing."""
+        if self._num_asked == len(self._queue.chunks):
+            return
         with self._changed:
             stop_bytes = self._queue.done_bytes + PREFETCH_BYTES
             ahead = []

@@ -15,7 +15,9 @@ was torn by a crash counts as missing.
 
 from __future__ import annotations
 
+import errno
 import logging
+import math
 import mmap
 import os
 import threading
@@ -25,13 +27,19 @@ from pathlib import Path
 
 from torch import Tensor
 
+from anchortp.arena import IntervalSet
+from anchortp.arena.intervals import Range
 from anchortp.errors import CheckpointError
 from anchortp.layout import ModelUnits, ReplicatedTensor, Shard
 from anchortp.transfer.checkpoint import is_cached
 from anchortp.transfer.checksum import digest, fill_summed
+from anchortp.transfer.pages import MappedPages
+from anchortp.transfer.streamed import Streamer, open_streamer
 from anchortp.transfer.work import Chunk, Geometry, Region
 
 PACE = 0.1  # share of the time in which a worker that serves fills the file
+MAP_BYTES = 8 << 20  # that are made ready at once, within a millisecond
+LOOK_EVERY_S = 0.005
 _WORD_BYTES = 8
 
 
@@ -43,14 +51,12 @@ class PackedWeights:
         self._geometry = geometry
         self._bases: dict[tuple[str, int], tuple[int, int]] = {}  # (key, copy) -> first byte, first segment
         num_bytes = num_segments = 0
-        for regions in geometry.regions.values():
-            for region in regions:
-                if not is_packed(geometry.units, region):
-                    continue
-                self._bases[region.tensor.key, region.copy] = num_bytes, num_segments
-                count = geometry.units.num_units[region.family]
-                num_bytes += count * region.block_bytes
-                num_segments += count * region.num_segments
+        self._regions = [r for regions in geometry.regions.values() for r in regions if is_packed(geometry.units, r)]
+        for region in self._regions:
+            self._bases[region.tensor.key, region.copy] = num_bytes, num_segments
+            count = geometry.units.num_units[region.family]
+            num_bytes += count * region.block_bytes
+            num_segments += count * region.num_segments
         table_at = -(-num_bytes // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         table_bytes = max(1, num_segments) * _WORD_BYTES
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,37 +69,99 @@ class PackedWeights:
             os.close(self._fd)
             raise
         self._table = memoryview(self._map).cast("Q")
+        self._size_bytes = table_at + table_bytes
+        self._stream: Streamer | None = None
+        self._pages: MappedPages | None = None  # from `map_ahead` on
+        self._looked_s = -math.inf  # when the file was last found to be as long as it should
+        self._mapped = IntervalSet()  # the ranges whose pages are in it
 
     def read(self, chunk: Chunk, out: Tensor) -> list[int] | None:
         """Fills `out` (uint8, the chunk's bytes), if all of them are here and right: then it returns the digests of
         the chunk's segments."""
         numbers = self._numbers(chunk)
-        if not numbers or not all(self._table[number] for number in numbers):
+        if not (numbers and self._is_whole()):
+            return None
+        kept = self._table[numbers.start : numbers.stop].tolist()
+        if 0 in kept:
             return None
         start = self._at(chunk.region, chunk.unit) + chunk.first_byte
         try:
-            digests = fill_summed(self._fd, start, chunk, memoryview(out.numpy()))
+            digests = self._streamed(start, chunk, out) or fill_summed(self._fd, start, chunk, memoryview(out.numpy()))
         except (CheckpointError, OSError):
             return None
         assert digests is not None, "only whole segments are kept here"
-        wrong = [n for n, found in zip(numbers, digests, strict=True) if self._table[n] != found]
-        for number in wrong:
-            self._table[number] = 0
-        return None if wrong else digests
+        if digests == kept:
+            return digests
+        for number, wanted, found in zip(numbers, kept, digests, strict=True):
+            if wanted != found:
+                self._table[number] = 0
+        return None
 
-    def has(self, chunk: Chunk) -> bool:
-        """Whether `read` would find the chunk, as far as the table says."""
+    def _streamed(self, start: int, chunk: Chunk, out: Tensor) -> list[int] | None:
+        """As `fill_summed`, through the mapping; None where its pages are not ready."""
+        if self._stream is None or not self._mapped.covers(start, start + chunk.num_bytes):
+            return None
+        assert self._pages is not None
+        return self._stream.chunk(chunk, self._pages.address + start, out)
+
+    def map_ahead(self, stream: Streamer) -> Iterator[None]:
+        """Makes pages of the file ready to be read by `stream`, some at each step: those that are kept here and in the
+        page cache. One thread at a time; others may read meanwhile.
+
+        Where none are ready, chunks are read through the descriptor, at two thirds of the speed.
+        """
+        if not self._is_whole():
+            return
+        if self._pages is None:
+            self._pages, self._stream = MappedPages(self._fd, self._size_bytes), stream
+        for start, stop in self._kept():
+            if self._mapped.covers(start, stop) or not is_cached(self._fd, start):
+                continue
+            if self._pages.make_ready(start, stop):
+                mapped = self._mapped.copy()
+                mapped.add(start, stop)
+                self._mapped = mapped
+            yield
+
+    def _kept(self) -> Iterator[Range]:
+        """Where segments are that are here, up to `MAP_BYTES` of them at a time."""
+        start = stop = 0
+        for first, last in self._segments():
+            if first != stop or last - start > MAP_BYTES:
+                if start < stop:
+                    yield start, stop
+                start = first
+            stop = last
+        if start < stop:
+            yield start, stop
+
+    def _segments(self) -> Iterator[Range]:
+        """Where each segment is that is here, in rising order."""
+        for region in self._regions:
+            for unit in range(self._geometry.units.num_units[region.family]):
+                block, number = self._at(region, unit), self._first_number(region, unit)
+                for index, start in enumerate(range(0, region.block_bytes, region.segment_bytes)):
+                    if self._table[number + index]:
+                        yield block + start, block + min(start + region.segment_bytes, region.block_bytes)
+
+    def prefetch(self, chunk: Chunk) -> bool:
+        """The chunk will be read soon. False if it is not here, as far as can be said at no cost."""
         numbers = self._numbers(chunk)
-        return bool(numbers) and all(self._table[number] for number in numbers)
-
-    def prefetch(self, chunk: Chunk) -> None:
-        """The chunk will be read soon."""
+        if not numbers:
+            return False
         start = self._at(chunk.region, chunk.unit) + chunk.first_byte
+        if self._mapped.covers(start, start + chunk.num_bytes):
+            return True
+        if not self._is_whole() or 0 in self._table[numbers.start : numbers.stop]:
+            return False
         if not is_cached(self._fd, start):
             os.posix_fadvise(self._fd, start, chunk.num_bytes, os.POSIX_FADV_WILLNEED)
+        return True
 
     def write(self, region: Region, unit: int, index: int, data: memoryview) -> None:
         """Puts in the `index`-th segment of a unit's block, if it is not there. Raises OSError (the disk is full)."""
+        if not self._is_whole():
+            raise OSError(errno.ENODATA, "the file of packed weights has been cut off")
         number = self._first_number(region, unit) + index
         if self._table[number]:
             return
@@ -104,10 +172,20 @@ class PackedWeights:
 
     def close(self) -> None:
         if self._fd >= 0:
+            self._stream = self._pages = None
             self._table.release()
             self._map.close()
             os.close(self._fd)
             self._fd = -1
+
+    def _is_whole(self) -> bool:
+        """False where the file has been cut off: to touch its mappings beyond the end would end the process."""
+        now_s = time.monotonic()
+        if now_s >= self._looked_s + LOOK_EVERY_S:  # to look takes as long as to copy 100 KB
+            if os.fstat(self._fd).st_size < self._size_bytes:
+                return False
+            self._looked_s = now_s
+        return True
 
     def _numbers(self, chunk: Chunk) -> range:
         """The chunk's segments in the table; none unless it is whole segments of a tensor that is kept here."""
@@ -146,8 +224,11 @@ def is_packed(units: ModelUnits, region: Region) -> bool:
 
 
 class Packer:
-    """A thread that fills the file with what a shard holds, `pace` of the time. `view`: `[start, stop)` of the weights
-    arena in host memory, until the next call; its slots of the shard stay as they are until `stop` has returned."""
+    """A thread that fills the file with what a shard holds, then makes all of it ready to be read; `pace` of the time.
+
+    `view`: `[start, stop)` of the weights arena in host memory, until the next call; its slots of the shard stay as
+    they are until `stop` has returned. `library_folder`: see `streamed.open_streamer`; None to make nothing ready.
+    """
 
     def __init__(
         self,
@@ -156,12 +237,14 @@ class Packer:
         shard: Shard,
         view: Callable[[int, int], memoryview],
         pace: float = PACE,
+        library_folder: Path | None = None,
     ):
         self._packed = packed
         self._geometry = geometry
         self._shard = shard
         self._view = view
         self._pace = pace
+        self._library_folder = library_folder
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="packer", daemon=True)
 
@@ -178,19 +261,26 @@ class Packer:
             self._thread.join()
 
     def _run(self) -> None:
+        steps = self._steps()
+        while not self._stopped.is_set():
+            began_s = time.monotonic()
+            try:
+                next(steps)
+            except StopIteration:
+                return
+            except OSError:
+                return  # the disk is full: loads read the checkpoint, as they would without the file
+            self._stopped.wait((time.monotonic() - began_s) * (1.0 / self._pace - 1.0))
+
+    def _steps(self) -> Iterator[None]:
         for region, unit, slot in self._blocks():
             block = self._geometry.start(region, slot)
-            for index in range(region.num_segments):
-                if self._stopped.is_set():
-                    return
-                began_s = time.monotonic()
-                start = block + index * region.segment_bytes
-                stop = min(start + region.segment_bytes, block + region.block_bytes)
-                try:
-                    self._packed.write(region, unit, index, self._view(start, stop))
-                except OSError:
-                    return  # the disk is full: loads read the checkpoint, as they would without the file
-                self._stopped.wait((time.monotonic() - began_s) * (1.0 / self._pace - 1.0))
+            for index, begin in enumerate(range(0, region.block_bytes, region.segment_bytes)):
+                end = min(begin + region.segment_bytes, region.block_bytes)
+                self._packed.write(region, unit, index, self._view(block + begin, block + end))
+                yield
+        if self._library_folder is not None and (stream := open_streamer(self._library_folder)):
+            yield from self._packed.map_ahead(stream)
 
     def _blocks(self) -> Iterator[tuple[Region, int, int]]:
         for family, regions in self._geometry.regions.items():

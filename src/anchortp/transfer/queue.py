@@ -208,8 +208,8 @@ class TransferQueue:
             for name, link in self._links.items()
             if link.waiting and link.in_flight < self.limits.num_chunks_per_link
         ]
-        if not open_links:
-            return None
+        if len(open_links) < 2:
+            return open_links[0] if open_links else None
         return min(open_links, key=lambda n: (self._links[n].in_flight, -(self._links[n].rate(now_s) or 0.0), n))
 
     def _is_slow(self, link: _Link, source: str, now_s: float) -> bool:

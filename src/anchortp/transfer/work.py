@@ -47,7 +47,7 @@ class Region:
         return -(-self.block_bytes // self.segment_bytes)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots: it keeps its segments
 class Chunk:
     """What is copied in one go: bytes `[first_byte, first_byte + num_bytes)` of the blocks that the units `[unit,
     unit + num_units)`, in slots from `slot` on, have in one region; blocks of consecutive slots are contiguous.
@@ -76,27 +76,33 @@ class Chunk:
     def position(self) -> int:
         return self.region.position
 
+    @cached_property
     def segments(self) -> list[Segment]:
         """All segments that it touches, of which the first and the last may reach beyond it."""
         region, found = self.region, []
-        block, family, size = self.start - self.first_byte, region.family, region.segment_bytes
+        block, family, size, chunk_stop = self.start - self.first_byte, region.family, region.segment_bytes, self.stop
         for unit in range(self.unit, self.unit + self.num_units):
-            block_stop = block + region.block_bytes
-            begin = max(0, self.start - block) // size
-            slot = self.slot + unit - self.unit
-            for index, start in enumerate(range(block + begin * size, min(block_stop, self.stop), size), begin):
-                stop = min(start + size, block_stop)
-                found.append(Segment(family, unit, slot, region.first_segment + index, start, stop))
+            block_stop, slot = block + region.block_bytes, self.slot + unit - self.unit
+            begin = (self.start - block) // size if self.start > block else 0
+            index = region.first_segment + begin
+            for start in range(block + begin * size, block_stop if block_stop < chunk_stop else chunk_stop, size):
+                stop = start + size if start + size < block_stop else block_stop
+                found.append(Segment(family, unit, slot, index, start, stop))
+                index += 1
             block = block_stop
         return found
 
+    @property
+    def is_whole(self) -> bool:
+        """Whole segments, not a part of one."""
+        return self.segments[0].start >= self.start and self.segments[-1].stop <= self.stop
+
     def pieces(self, num_bytes: int) -> Iterator[list[Segment]]:
         """Its segments in runs of up to `num_bytes`, or of one; nothing if it is a part of a segment."""
-        segments = self.segments()
-        if segments[0].start < self.start or segments[-1].stop > self.stop:
+        if not self.is_whole:
             return
         piece: list[Segment] = []
-        for segment in segments:
+        for segment in self.segments:
             if piece and segment.stop - piece[0].start > num_bytes:
                 yield piece
                 piece = []
@@ -251,6 +257,8 @@ def _cuts(region: Region, low: int, high: int) -> list[int]:
     if low >= high:
         return []
     block, segment = region.block_bytes, region.segment_bytes
+    if low % block == 0 == high % block and high - low <= CHUNK_BYTES:
+        return [low, high]  # whole blocks: nearly always
     starts = range(low // block * block, high, block)
     edges = {edge for start in starts for edge in (*range(start, start + block, segment), start + block)}
     inside = sorted(edge for edge in edges if low < edge < high)
