@@ -1,9 +1,10 @@
 """All-reduce latency of the groups of one epoch: `python -m bench.allreduce --ranks 4 --shape 16x576`.
 
 Each rank is a process with one compute thread. Rank 0's time per call is reported; calls follow each other
-with nothing between them, so a call contains the wait for the slowest rank of the one before. `kernels` is what workers
-on CPUs use, `shm` the same by torch's operations. `barrier` carries no data: it is the floor, what a rendezvous of this many ranks on these cores costs. `gloo-native` is
-gloo's own all-reduce, which sums in another order than the groups promise.
+with nothing between them, so a call contains the wait for the slowest rank of the one before. `kernels` is what
+workers on CPUs use, `shm` the same by torch's operations. `barrier` carries no data: it is the floor, what a
+rendezvous of this many ranks on these cores costs. `gloo-native` is gloo's own all-reduce, which sums in another
+order than the groups promise.
 """
 
 from __future__ import annotations

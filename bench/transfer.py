@@ -6,7 +6,7 @@ A model with the layer shapes of Qwen3-8B and random weights is made once. Each 
 arena; a plan of the policy is carried out by the executor (`anchortp.transfer`), stage by stage, all devices at once,
 sums checked. Then the arenas are brought back to where they were. Weights are laid out as the engine does by default,
 and kept packed as with `--packed-weights`: the file's pages are mapped before the clock starts, as a worker's packer
-does it when it has nothing better to do, and read by `anchortp.transfer.streamed` if there is a C++ compiler. The clock
+does it when it has nothing better to do, and read by the kernels (a C++ compiler is needed). The clock
 stops when the last device has said that it is done; what it unmaps then is in the CPU time alone.
 
 The floor is the same run's, and in turn with the loads: lost bytes over the bytes per second that `--threads` threads
@@ -39,6 +39,7 @@ from safetensors.torch import save_file
 from anchortp.arena import MemfdArena
 from anchortp.config import cache_folder, load_model_config, reads_panels
 from anchortp.layout import ModelUnits, Shard, WeightAddresses, empty_shard, initial_layout, model_units
+from anchortp.native import build_kernels
 from anchortp.plan import POLICIES, FromHost, FromPeer, Move, Plan, Problem, local
 from anchortp.plan.plan import REPLICATED
 from anchortp.transfer.checkpoint import Checkpoint
@@ -46,7 +47,7 @@ from anchortp.transfer.executor import Hooks, Load, Loaded
 from anchortp.transfer.packed import PackedWeights, Packer
 from anchortp.transfer.queue import Failure
 from anchortp.transfer.sources import Destination, HostSource, PeerSource
-from anchortp.transfer.streamed import find_streamer
+from anchortp.transfer.streamed import Streamer
 from anchortp.transfer.work import HOST, Geometry, complete
 from bench.common import conditions, console, finish, spread
 from bench.gpu_sections import QWEN3_8B
@@ -161,6 +162,7 @@ class Worker:
         self.buffer = torch.frombuffer(arenas[device].map(), dtype=torch.uint8)
         self.destination = Destination(arenas[device], self.buffer)
         self.packed: PackedWeights | None = None
+        self.stream = Streamer(str(build_kernels(cache_folder() / "kernels")))
 
     def serve(self, pipe: Connection) -> None:
         while (order := pipe.recv()) is not None:
@@ -177,14 +179,13 @@ class Worker:
     def _pack(self, order: Pack) -> None:
         self.packed = PackedWeights(order.path, self.geometry)
         view = memoryview(self.buffer.numpy())
-        library_folder = cache_folder() / "kernels"
         packer = Packer(
             self.packed,
             self.geometry,
             order.shard,
             lambda start, stop: view[start:stop],
             pace=1.0,
-            library_folder=library_folder,
+            stream=self.stream,
         )
         packer.start()
         packer.join()
@@ -227,8 +228,8 @@ class Worker:
     def _source(self, name: str):
         if name == HOST:
             return HostSource(self.checkpoint, self.packed)
-        arena, stream = self.arenas[name], find_streamer(cache_folder() / "kernels")
-        return PeerSource(name, arena, is_gone=lambda: False, on_close=lambda: None, stream=stream)
+        arena = self.arenas[name]
+        return PeerSource(name, arena, is_gone=lambda: False, on_close=lambda: None, stream=self.stream)
 
 
 class Machine:

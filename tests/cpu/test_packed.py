@@ -7,7 +7,9 @@ import os
 import pytest
 import torch
 
+from anchortp.config import cache_folder
 from anchortp.layout import empty_shard, initial_layout
+from anchortp.native import build_kernels
 from anchortp.transfer import packed as packed_weights
 from anchortp.transfer import sources, work
 from anchortp.transfer.checksum import digest
@@ -15,7 +17,7 @@ from anchortp.transfer.device import DeviceDestination
 from anchortp.transfer.executor import Loaded
 from anchortp.transfer.packed import PackedWeights, Packer, is_packed
 from anchortp.transfer.sources import HostSource
-from anchortp.transfer.streamed import open_streamer
+from anchortp.transfer.streamed import Streamer
 from tests.cpu.transfer_tools import Bench
 from tests.tiny_model import write_model
 
@@ -46,25 +48,25 @@ def shard_of(bench):
 
 
 @pytest.fixture(params=["descriptor", "mapping"])
-def fill(request, library_folder, monkeypatch):
+def fill(request, stream, monkeypatch):
     """Packs what the bench's first device holds; then it is read in one way or the other."""
     monkeypatch.setattr(packed_weights, "LOOK_EVERY_S", 0.0)
 
     def fill(bench, packed):
         buffer = bench.fill("cpu:0", shard_of(bench))
-        folder = library_folder if request.param == "mapping" else None
+        way = stream if request.param == "mapping" else None
         view = DeviceDestination(buffer).view
-        packer = Packer(packed, bench.geometry, shard_of(bench), view, pace=1.0, library_folder=folder)
+        packer = Packer(packed, bench.geometry, shard_of(bench), view, pace=1.0, stream=way)
         packer.start()
         packer.join()
-        return packed._mapped.total == (bytes_kept(bench) if folder else 0)
+        return packed._mapped.total == (bytes_kept(bench) if way else 0)
 
     return fill
 
 
 @pytest.fixture(scope="module")
-def library_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("library")
+def stream():
+    return Streamer(str(build_kernels(cache_folder() / "kernels")))
 
 
 def bytes_kept(bench):
@@ -145,8 +147,7 @@ def test_a_file_that_has_become_shorter_is_left_alone(bench, packed, fill, tmp_p
     assert not any(reads(bench, packed)), "nor is it written to"
 
 
-def test_what_was_written_later_is_read_through_the_descriptor_until_it_is_mapped(bench, packed, library_folder):
-    stream = open_streamer(library_folder)
+def test_what_was_written_later_is_read_through_the_descriptor_until_it_is_mapped(bench, packed, stream):
     assert list(packed.map_ahead(stream)) == [] and not packed._mapped
     buffer = bench.fill("cpu:0", shard_of(bench))
     packer = Packer(packed, bench.geometry, shard_of(bench), DeviceDestination(buffer).view, pace=1.0)

@@ -1,22 +1,22 @@
-"""Copies in one pass with the sum: bytes are the source's, sums are xxhash's; without a compiler there are none."""
+"""Copies in one pass with the sum: bytes are the source's, sums are xxhash's."""
 
 from __future__ import annotations
 
+import ctypes.util
 import mmap
 import os
 import random
-import subprocess
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import xxhash
 
-from anchortp.transfer import streamed
+from anchortp.errors import ConfigError
+from anchortp.native import build, build_kernels
 from anchortp.transfer.pages import MappedPages
-from anchortp.transfer.streamed import find_streamer, open_streamer
+from anchortp.transfer.streamed import Streamer
+from tests.cpu.test_native import PLAIN
 
-PLAIN_CPU = tuple(flag for flag in streamed.FLAGS if flag != "-march=native")
 LENGTHS = (1, 64, 240, 241, 256, 257, 1023, 1024, 1025, 2048, 4103, 1 << 20, (1 << 20) + 64)
 
 
@@ -24,10 +24,8 @@ LENGTHS = (1, 64, 240, 241, 256, 257, 1023, 1024, 1025, 2048, 4103, 1 << 20, (1 
 def stream(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "a plain CPU":
-            patch.setattr(streamed, "FLAGS", PLAIN_CPU)
-        stream = open_streamer(tmp_path_factory.mktemp("library"))
-    assert stream is not None
-    return stream
+            patch.setattr(build, "FLAGS", tuple(PLAIN if f == "-march=native" else f for f in build.FLAGS))
+        return Streamer(str(build_kernels(tmp_path_factory.mktemp("library"))))
 
 
 @pytest.mark.parametrize("skew", [0, 16, 3], ids=["aligned", "half", "odd"])
@@ -43,24 +41,6 @@ def test_the_bytes_are_the_sources_and_the_sum_is_xxhashs(stream, skew):
         assert (target[:first] == 0xFF).all() and (target[first + length :] == 0xFF).all()
 
 
-def test_it_is_compiled_once_whoever_asks(tmp_path, monkeypatch):
-    commands = []
-    run = subprocess.run
-    monkeypatch.setattr(
-        subprocess, "run", lambda command, **options: commands.append(command) or run(command, **options)
-    )
-    with ThreadPoolExecutor(3) as pool:
-        assert all(pool.map(open_streamer, [tmp_path] * 3))
-    assert open_streamer(tmp_path) is not None and len(commands) == 1
-    monkeypatch.setattr(streamed, "cpu_flags", lambda: frozenset({"another"}))
-    assert open_streamer(tmp_path) is not None and len(commands) == 2, "another CPU has its own"
-
-
-def test_it_is_found_once_it_is_made(tmp_path):
-    assert find_streamer(tmp_path) is None
-    assert open_streamer(tmp_path) is not None and find_streamer(tmp_path) is not None
-
-
 def test_pages_that_cannot_be_had_are_not_ready(tmp_path):
     """Beyond the end of the file; to touch them would end this process."""
     path, page = tmp_path / "file", mmap.PAGESIZE
@@ -72,19 +52,9 @@ def test_pages_that_cannot_be_had_are_not_ready(tmp_path):
     assert not pages.make_ready(5, 4 * page) and pages.make_ready(0, page - 1)
 
 
-@pytest.mark.parametrize("compiler", ["false", "/nowhere/c++", ""])
-def test_without_a_compiler_there_is_none_and_the_log_says_why(tmp_path, monkeypatch, caplog, compiler):
-    monkeypatch.setenv("CXX", compiler)
-    if not compiler:
-        monkeypatch.setattr(streamed, "COMPILERS", ())
-    assert open_streamer(tmp_path) is None
-    assert "slower" in caplog.text
-
-
-def test_a_library_that_cannot_be_loaded_is_not_used(tmp_path, caplog):
-    assert open_streamer(tmp_path) is not None
-    (library,) = tmp_path.glob("*.so")
-    broken = tmp_path / "broken" / library.name
-    broken.parent.mkdir()
+def test_a_library_of_something_else_is_refused(tmp_path):
+    broken = tmp_path / "broken.so"
     broken.write_bytes(b"nothing")
-    assert open_streamer(broken.parent) is None and "slower" in caplog.text
+    for library in (broken, ctypes.util.find_library("m") or "libm.so.6"):
+        with pytest.raises(ConfigError, match="--kernels torch"):
+            Streamer(str(library))

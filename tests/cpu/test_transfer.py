@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from anchortp.arena import MemfdArena
+from anchortp.config import cache_folder
 from anchortp.engine.scheduler import ScheduledSeq
 from anchortp.errors import GroupAborted
 from anchortp.layout import FAMILIES, empty_shard, initial_layout
 from anchortp.model import ForwardBatch
+from anchortp.native import build_kernels
 from anchortp.transfer import queue as transfer_queue
 from anchortp.transfer import work
 from anchortp.transfer.checksum import sum_key
@@ -24,7 +26,7 @@ from anchortp.transfer.executor import Loaded
 from anchortp.transfer.faulty import Fault
 from anchortp.transfer.queue import Failure
 from anchortp.transfer.sources import Destination, map_pages
-from anchortp.transfer.streamed import open_streamer
+from anchortp.transfer.streamed import Streamer
 from anchortp.transfer.work import HOST
 from tests.cpu.transfer_tools import Bench, moves_from
 from tests.tiny_model import Oracle, write_model
@@ -44,8 +46,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def stream(tmp_path_factory):
-    return open_streamer(tmp_path_factory.mktemp("library"))
+def stream():
+    return Streamer(str(build_kernels(cache_folder() / "kernels")))
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ import torch
 
 from anchortp.arena import IntervalSet, MemfdArena, PinnedMapping
 from anchortp.comm import Group, ShmRegion
-from anchortp.config import cache_folder, load_model_config
+from anchortp.config import load_model_config
 from anchortp.devices import Device, parse_device
 from anchortp.engine import messages as m
 from anchortp.engine.accelerator import GROUPS, Accelerator
@@ -79,7 +79,7 @@ from anchortp.transfer.fingerprint import fingerprint
 from anchortp.transfer.packed import PackedWeights, Packer, open_packed
 from anchortp.transfer.queue import Failure
 from anchortp.transfer.sources import Destination, HostSource, PeerSource, Source, map_pages
-from anchortp.transfer.streamed import find_streamer
+from anchortp.transfer.streamed import Streamer
 from anchortp.transfer.tensors import tensor_of
 from anchortp.transfer.work import EMBED_POSITION, Geometry, complete
 from anchortp.transfer.work import HOST as HOST_SOURCE
@@ -152,6 +152,7 @@ class _Assignment:
     accelerator: Accelerator
     paged: FlashInfer | None
     kernels: NativeKernels | None
+    stream: Streamer | None
     anchor: AnchorClient
     probe: FaultProbe
     order: m.Assign
@@ -263,6 +264,7 @@ class Worker:
             accelerator=accelerator,
             paged=paged,
             kernels=NativeKernels(Library(order.kernels, config.dtype)) if order.kernels else None,
+            stream=Streamer(order.kernels) if order.kernels else None,
             anchor=anchor,
             probe=probe,
             order=order,
@@ -424,9 +426,8 @@ class Worker:
             if self._packed is None or self._packer is not None or waits:
                 return
             view = _destination(*self._arenas[WEIGHTS_ARENA]).view
-            library_folder = cache_folder() / "kernels"
-            geometry = self._assigned().geometry
-            self._packer = Packer(self._packed, geometry, self._shard, view, library_folder=library_folder)
+            a = self._assigned()
+            self._packer = Packer(self._packed, a.geometry, self._shard, view, stream=a.stream)
             self._packer.start()
 
     def _source(self, name: str) -> Source:
@@ -440,7 +441,8 @@ class Worker:
             if a.accelerator.open_driver is not None:
                 source = StagedSource(source)
         elif name == a.device:
-            source = _arena_source(name, *self._arenas[WEIGHTS_ARENA], is_gone=lambda: False, on_close=lambda: None)
+            arena, buffer = self._arenas[WEIGHTS_ARENA]
+            source = _arena_source(name, arena, buffer, a.stream, is_gone=lambda: False, on_close=lambda: None)
         else:
             source = self._peer(name)
         strike = a.probe.on_source(name)
@@ -475,7 +477,7 @@ class Worker:
             client.close()
 
         buffer = None if isinstance(arena, MemfdArena) else tensor_of(arena)
-        return _arena_source(device, arena, buffer, is_gone=client.is_gone, on_close=close)
+        return _arena_source(device, arena, buffer, a.stream, is_gone=client.is_gone, on_close=close)
 
     def _arrange(self, order: m.ArrangeUnits) -> None:
         """Closes the slots of units that were given up. Nobody computes meanwhile; no copy overwrites a source."""
@@ -764,13 +766,13 @@ def _arena_source(
     device: str,
     arena: Arena,
     buffer: torch.Tensor | None,
+    stream: Streamer | None,
     *,
     is_gone: Callable[[], bool],
     on_close: Callable[[], None],
 ) -> Source:
     """A memfd is mapped a little at a time, if at all; chunks are read through their mapping."""
     if isinstance(arena, MemfdArena):
-        stream = find_streamer(cache_folder() / "kernels")
         return PeerSource(device, arena, is_gone=is_gone, on_close=on_close, stream=stream)
     assert buffer is not None
     return MappedSource(device, buffer, is_gone=is_gone, on_close=on_close)

@@ -4,6 +4,7 @@
 // library names no OpenMP of its own, so it finds the one that torch has loaded.
 
 #include "attention.h"
+#include "copy.h"
 #include "group.h"
 #include "layers.h"
 #include "matrices.h"
@@ -32,6 +33,12 @@
                head_dim, block_size, plane_tokens);                                                                    \
     }                                                                                                                  \
     extern "C" int all_reduce_##DTYPE(Group* group, T* x, int64_t num) { return all_reduce(*group, x, num); }
+
+extern "C" uint64_t copy_summed(uint8_t* to, const uint8_t* from, int64_t num_bytes) {
+    return copying::copy_summed(to, from, num_bytes);
+}
+
+extern "C" int64_t shortest_summed() { return copying::kShortest; }
 
 EXPORT(bfloat16, BFloat16)
 EXPORT(float32, float)

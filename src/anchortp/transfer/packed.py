@@ -34,7 +34,7 @@ from anchortp.layout import ModelUnits, ReplicatedTensor, Shard
 from anchortp.transfer.checkpoint import is_cached
 from anchortp.transfer.checksum import digest, fill_summed
 from anchortp.transfer.pages import MappedPages
-from anchortp.transfer.streamed import Streamer, open_streamer
+from anchortp.transfer.streamed import Streamer
 from anchortp.transfer.work import Chunk, Geometry, Region
 
 PACE = 0.1  # share of the time in which a worker that serves fills the file
@@ -227,7 +227,7 @@ class Packer:
     """A thread that fills the file with what a shard holds, then makes all of it ready to be read; `pace` of the time.
 
     `view`: `[start, stop)` of the weights arena in host memory, until the next call; its slots of the shard stay as
-    they are until `stop` has returned. `library_folder`: see `streamed.open_streamer`; None to make nothing ready.
+    they are until `stop` has returned. `stream`: how it will be read; without one nothing has to be ready.
     """
 
     def __init__(
@@ -237,14 +237,14 @@ class Packer:
         shard: Shard,
         view: Callable[[int, int], memoryview],
         pace: float = PACE,
-        library_folder: Path | None = None,
+        stream: Streamer | None = None,
     ):
         self._packed = packed
         self._geometry = geometry
         self._shard = shard
         self._view = view
         self._pace = pace
-        self._library_folder = library_folder
+        self._stream = stream
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="packer", daemon=True)
 
@@ -279,8 +279,8 @@ class Packer:
                 end = min(begin + region.segment_bytes, region.block_bytes)
                 self._packed.write(region, unit, index, self._view(block + begin, block + end))
                 yield
-        if self._library_folder is not None and (stream := open_streamer(self._library_folder)):
-            yield from self._packed.map_ahead(stream)
+        if self._stream is not None:
+            yield from self._packed.map_ahead(self._stream)
 
     def _blocks(self) -> Iterator[tuple[Region, int, int]]:
         for family, regions in self._geometry.regions.items():

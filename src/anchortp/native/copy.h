@@ -1,4 +1,4 @@
-// Copies bytes and sums them up in one pass, past the cache. `streamed.py` compiles and calls this.
+// Copies bytes and sums them up in one pass, past the cache.
 //
 // What is stored is what was summed: both come from the same registers, so a source that changes meanwhile cannot go
 // unnoticed. Stores are non-temporal where the CPU has them: a store that goes through the cache first reads the line
@@ -7,6 +7,8 @@
 // The sum is XXH3_64bits (seed 0, default secret) of inputs longer than 240 bytes.
 // Source: https://github.com/Cyan4973/xxHash/blob/v0.8.3/doc/xxhash_spec.md
 
+#pragma once
+
 #include <cstdint>
 #include <cstring>
 
@@ -14,12 +16,11 @@
 #include <immintrin.h>
 #endif
 
-namespace {
+namespace copying {
 
 constexpr int64_t kStripeBytes = 64, kLanes = 8, kSecretBytes = 192;
 constexpr int64_t kStripesPerBlock = (kSecretBytes - kStripeBytes) / 8;
-constexpr int64_t kShortest = 241;    // shorter inputs have another formula
-constexpr int64_t kAheadBytes = 0;
+constexpr int64_t kShortest = 241;  // shorter inputs have another formula
 typedef uint64_t Lanes __attribute__((vector_size(kStripeBytes)));
 
 constexpr uint64_t kPrime32[] = {0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D};
@@ -89,7 +90,6 @@ inline void stream(uint8_t* to, Lanes x) {
 
 template <bool aligned>
 inline void copy_stripe(Lanes& sums, uint8_t* to, const uint8_t* from, const uint8_t* secret) {
-    __builtin_prefetch(from + kAheadBytes);
     const Lanes data = load(from);
     accumulate(sums, data, secret);
     if (aligned) {
@@ -99,12 +99,12 @@ inline void copy_stripe(Lanes& sums, uint8_t* to, const uint8_t* from, const uin
     }
 }
 
-uint64_t folded(uint64_t a, uint64_t b) {
+inline uint64_t folded(uint64_t a, uint64_t b) {
     const auto product = static_cast<unsigned __int128>(a) * b;
     return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }
 
-uint64_t merged(Lanes sums, uint64_t num_bytes) {
+inline uint64_t merged(Lanes sums, uint64_t num_bytes) {
     uint64_t x = num_bytes * kPrime64[0];
     for (int64_t i = 0; i < kLanes; i += 2) {
         const uint8_t* secret = kSecret + 11 + 8 * i;
@@ -138,12 +138,8 @@ uint64_t copy_summed(uint8_t* to, const uint8_t* from, int64_t num_bytes) {
     return merged(sums, num_bytes);
 }
 
-}  // namespace
-
-extern "C" {
-
-// Copies `num_bytes` (at least `shortest_summed()`), which do not overlap; returns their xxh3_64.
-uint64_t anchortp_copy_summed(uint8_t* to, const uint8_t* from, int64_t num_bytes) {
+// Of `num_bytes` (`kShortest` at least), which do not overlap; returns their xxh3_64.
+inline uint64_t copy_summed(uint8_t* to, const uint8_t* from, int64_t num_bytes) {
     const bool aligned = reinterpret_cast<uintptr_t>(to) % kStripeBytes == 0;
     const uint64_t sum = aligned ? copy_summed<true>(to, from, num_bytes) : copy_summed<false>(to, from, num_bytes);
 #ifdef __x86_64__
@@ -152,5 +148,4 @@ uint64_t anchortp_copy_summed(uint8_t* to, const uint8_t* from, int64_t num_byte
     return sum;
 }
 
-int64_t anchortp_shortest_summed() { return kShortest; }
-}
+}  // namespace copying
