@@ -49,7 +49,9 @@ _ARRIVED, _STEP, _TAG = 0, 1, 2  # words of a rank's line; the tag has one word 
 # the fastest way (a sum of 16 x 576 takes 0.05 ms) as long as the core goes to a peer. A busy process outside
 # of the group keeps a core that is given to it for its slice of some ms (the same sum: 3 ms), while a sleeper
 # is woken in between (0.1 ms). So a rank whose yield was that expensive sleeps instead, for a while.
-_LOST_S = 1e-3  # a yield this long met a stranger: peers compute less than that between two collectives
+# A yield this long met a stranger, whose slice is 3 ms. In a decode step a peer keeps the core for 1.5 ms at most (its
+# part of lm_head): with 1 ms here ranks that share a core took each other for strangers; four on two cores lost 9 %.
+_LOST_S = 2.5e-3
 _AVOID_YIELD_S = 0.1
 _NAP_S = 20e-6  # the kernel's timer slack adds 50
 _LONG_WAIT_S = 2e-3  # from then on (for a peer's prefill, say) do not eat a core

@@ -24,7 +24,7 @@ struct Group {
 enum Outcome : int { kDone = 0, kAborted = 1, kTimedOut = 2, kMismatch = 3 };
 
 // How a rank waits: as `comm.region.Rendezvous`, whose numbers these are.
-constexpr int64_t kLostNs = 1000000, kAvoidYieldNs = 100000000, kNapNs = 20000, kLongWaitNs = 2000000, kLongNapNs = 100000;
+constexpr int64_t kLostNs = 2500000, kAvoidYieldNs = 100000000, kNapNs = 20000, kLongWaitNs = 2000000, kLongNapNs = 100000;
 
 inline int64_t now_ns() {
     timespec t;
