@@ -142,7 +142,7 @@ def _rank_main(
         accelerator = Accelerator.of(parse_device(devices[rank]))
         region = ShmRegion.attach(region_fd, epoch=EPOCH)
         slots = [open_tensor(runtime_dir, device, "slots", accelerator) for device in devices] if kind == "peer" else []
-        group: Group = GROUPS[kind](region, rank, TIMEOUT_S, accelerator, store, slots)
+        group: Group = GROUPS[kind](region, rank, TIMEOUT_S, accelerator, store, slots, None)
         result = program(group, accelerator, *args)
         group.close()
         pipe.send((True, result))

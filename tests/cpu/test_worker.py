@@ -61,7 +61,8 @@ def worker_of(anchor: Anchor) -> tuple[Worker, Channel]:
     worker = Worker(channel)
     probe = FaultProbe((), "/nowhere", lambda kind: None)
     accelerator = Accelerator.of(parse_device("cpu:0"))
-    worker._assignment = SimpleNamespace(device="cpu:0", anchor=anchor, probe=probe, accelerator=accelerator)
+    parts = {"device": "cpu:0", "anchor": anchor, "probe": probe, "accelerator": accelerator, "stream": None}
+    worker._assignment = SimpleNamespace(**parts)
     return worker, channel
 
 

@@ -39,8 +39,8 @@ inline void transpose(Floats* x) {  // 16 x 16: swaps a bit of the row's number 
     }
 }
 
-// x[i] becomes the sum of half of its lanes, beside that of x[i + step]: of 16 vectors their sums, in order, when it was
-// done with 1, 2, 4 and 8.
+// The sum of the lanes of each of 16 vectors, in order. Each round adds up halves of the lanes of two vectors and leaves the
+// results beside each other in one. Overwrites them.
 inline Floats sums_of(Floats* x) {
 #pragma GCC unroll 8
     for (int i = 0; i < 16; i += 2)
@@ -97,11 +97,10 @@ struct Tile {
         }
     }
 
-    // Asks memory for rows of a plane, of `kTileTokens` tokens: a sequence's blocks lie anywhere.
-    void ask_for(const T* plane, int64_t first) const {
-        if (first >= num_keys) return;
+    // Asks memory for values that are taken soon: a sequence's blocks lie anywhere.
+    void ask_for_values(int64_t first) const {
         const T* rows[kTileTokens];
-        find(plane, first, rows);
+        find(values, first, rows);
         for (int64_t t = 0; t < kTileTokens && rows[t]; ++t)
             for (int64_t d = 0; d < head_dim; d += kLineBytes / sizeof(T)) __builtin_prefetch(rows[t] + d, 0, 2);
     }
@@ -155,9 +154,8 @@ inline float exponentials(float* row, int64_t num, int64_t width, float scale) {
     return sum_of(sum);
 }
 
-// `next`: what comes after it, maybe; memory is asked for its context meanwhile.
 template <class T>
-void attend_tile(const Tile<T>& tile, const Tile<T>* next, std::vector<float>& scratch) {
+void attend_tile(const Tile<T>& tile, std::vector<float>& scratch) {
     constexpr int64_t kTerms = InWords<T>::kTerms;
     const int64_t num_vectors = tile.num_rows * tile.num_heads, num_words = tile.head_dim / kTerms;
     const int64_t width = rounded_up(tile.head_dim, kTerms * kLanes), num_scores = rounded_up(tile.num_keys, kTileTokens);
@@ -172,7 +170,7 @@ void attend_tile(const Tile<T>& tile, const Tile<T>* next, std::vector<float>& s
             store(queries + v * width + word, InWords<T>::take(tile.q + tile.place_of(v) + word * kTerms, lanes));
         });
     for (int64_t first = 0; first < num_scores; first += kTileTokens) {
-        if (next) next->ask_for(next->keys, first);
+        tile.ask_for_values(first);
         tile.take_keys(first, taken, near);
         add_products_of<T, 8, 2>(num_vectors, taken, kTileTokens, queries, width, num_words, scores + first, num_scores);
     }
@@ -183,7 +181,6 @@ void attend_tile(const Tile<T>& tile, const Tile<T>* next, std::vector<float>& s
         shares[v] = 1.f / exponentials<T>(scores + v * num_scores, seen, num_scores, scale);
     }
     for (int64_t first = 0; first < num_scores; first += kTileTokens) {
-        if (next) next->ask_for(next->values, first);
         tile.take_values(first, taken, width);
         const float* weights = scores + first / kTerms;
         int64_t d = 0;
@@ -205,8 +202,8 @@ void attend_tile(const Tile<T>& tile, const Tile<T>* next, std::vector<float>& s
 constexpr int64_t kFewVectors = 8, kValuesTogether = 4, kTokensAhead = 128;
 
 // As above for few vectors, whose heads have W times 32 values: keys and values are used where they lie. Memory is asked for
-// what comes some tokens later, be it the values or the keys of `next`, a row at a time: many lines at once would hold up
-// what is computed meanwhile.
+// what comes some tokens later, be it the values or the keys of `next` (the tile after this one, maybe), a row at a time: many
+// lines at once would hold up what is computed meanwhile.
 template <int W>
 void attend_few(const Tile<BFloat16>& tile, const Tile<BFloat16>* next, std::vector<float>& scratch) {
     using Pairs = InWords<BFloat16>;
@@ -280,14 +277,14 @@ inline void attend_any(const Tile<BFloat16>& tile, const Tile<BFloat16>* next, s
     if (is_few && tile.head_dim == 64) attend_few<2>(tile, next, scratch);
     else if (is_few && tile.head_dim == 128) attend_few<4>(tile, next, scratch);
     else if (is_few && tile.head_dim == 256) attend_few<8>(tile, next, scratch);
-    else attend_tile(tile, next, scratch);
+    else attend_tile(tile, scratch);
 }
 
 #endif
 
 template <class T>
-inline void attend_any(const Tile<T>& tile, const Tile<T>* next, std::vector<float>& scratch) {
-    attend_tile(tile, next, scratch);
+inline void attend_any(const Tile<T>& tile, const Tile<T>*, std::vector<float>& scratch) {
+    attend_tile(tile, scratch);
 }
 
 template <class T>

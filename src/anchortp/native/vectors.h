@@ -164,10 +164,6 @@ struct InWords<BFloat16> {
     static void put(float* row, int64_t first, Floats x) { store(reinterpret_cast<BFloat16*>(row) + first, x); }
 };
 
-#endif
-
-#ifdef __AVX512BF16__
-
 // Of two rows of 32 values: words of the even columns and of the odd ones, a value of each row in a word. Cheaper than
 // interleaving them, and `store_columns` puts them in order again.
 inline void take_columns(const BFloat16* a, const BFloat16* b, Floats* even_odd) {
