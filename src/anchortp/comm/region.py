@@ -232,7 +232,7 @@ class Rendezvous:
         self._wait_for_arrivals()
         tag_word = _TAG + (self._arrived & 1)
         for peer in self._peers:
-            assert self._words[peer + tag_word] == tag, self.describe_mismatch(tag)
+            assert self._words[peer + tag_word] == tag, self.describe_mismatch()
 
     def _wait_for_arrivals(self) -> None:
         words, goal = self._words, self._arrived
@@ -271,9 +271,9 @@ class Rendezvous:
     def _missing(self) -> tuple[int, ...]:
         return tuple(rank for rank, count in enumerate(self._region.progress()) if count < self._arrived)
 
-    def describe_mismatch(self, tag: int) -> str:
+    def describe_mismatch(self) -> str:
         tags = [self._words[_rank_word(r) + _TAG + (self._arrived & 1)] for r in range(self._region.size)]
-        return f"different collectives at arrival {self._arrived}: rank {self._rank} has tag {tag}, all: {tags}"
+        return f"different collectives at arrival {self._arrived} of rank {self._rank}; tags by rank: {tags}"
 
 
 def _rank_word(rank: int) -> int:

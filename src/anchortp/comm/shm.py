@@ -12,8 +12,7 @@ from anchortp.native.library import ABORTED, MISMATCH, TIMED_OUT
 
 from .region import Rendezvous, ShmRegion
 
-# The low bits of a tag; `native/group.h` knows the last one, and how many bits there are.
-_REDUCE, _SPREAD, _GATHER, _BARRIER, _KERNEL = range(5)
+_REDUCE, _SPREAD, _GATHER, _BARRIER = range(4)  # the low bits of a tag; `native/group.h` has others of its own
 _TAG_BITS = 3
 
 # From this many elements on, every rank sums its own share only and copies the others' sums (two waits, less
@@ -76,7 +75,7 @@ class ShmGroup:
             self._region.check()
         if outcome == TIMED_OUT:
             self._rendezvous.time_out()
-        assert outcome != MISMATCH, self._rendezvous.describe_mismatch(_KERNEL)
+        assert outcome != MISMATCH, self._rendezvous.describe_mismatch()
 
     def _open_slots(self, region: ShmRegion) -> list[list[Tensor]]:
         """uint8 `[slot_bytes]`, by parity and rank."""
