@@ -5,8 +5,8 @@
 A model with the layer shapes of Qwen3-8B and random weights is made once. Each device is a process with a memfd
 arena; a plan of the policy is carried out by the executor (`anchortp.transfer`), stage by stage, all devices at once,
 sums checked. Then the arenas are brought back to where they were. Weights are laid out as the engine does by default,
-and kept packed as with `--packed-weights`: the file's pages are mapped before the clock starts, as a worker's packer
-does it when it has nothing better to do, and read by the kernels (a C++ compiler is needed). The clock
+and kept packed as with `--packed-weights`. Before the clock starts the file's pages are mapped and the arenas lie in
+huge pages, as a worker does it when it has nothing better to do; the kernels copy (a C++ compiler is needed). The clock
 stops when the last device has said that it is done; what it unmaps then is in the CPU time alone.
 
 The floor is the same run's, and in turn with the loads: lost bytes over the bytes per second that `--threads` threads
@@ -27,7 +27,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -44,10 +44,12 @@ from anchortp.plan import POLICIES, FromHost, FromPeer, Move, Plan, Problem, loc
 from anchortp.plan.plan import REPLICATED
 from anchortp.transfer.checkpoint import Checkpoint
 from anchortp.transfer.executor import Hooks, Load, Loaded
-from anchortp.transfer.packed import PackedWeights, Packer
+from anchortp.transfer.idle import IdleWork, huge_pages
+from anchortp.transfer.packed import PackedWeights, pack
 from anchortp.transfer.queue import Failure
 from anchortp.transfer.sources import Destination, HostSource, PeerSource
 from anchortp.transfer.streamed import Streamer
+from anchortp.transfer.tensors import tensor_of
 from anchortp.transfer.work import HOST, Geometry, complete
 from bench.common import conditions, console, finish, spread
 from bench.gpu_sections import QWEN3_8B
@@ -143,11 +145,19 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Pack:
-    """Fill the file of packed weights from the arena, and read from it from now on."""
+class Idle:
+    """What an engine's worker does when it has nothing better to do: move what its arena holds into huge pages, and
+    fill the file of packed weights from it, to be read from now on."""
 
-    path: Path
     shard: Shard
+    huge_pages: bool
+    path: Path | None
+
+
+def _at_once(steps: Iterator[None]) -> None:
+    work = IdleWork(steps, pace=1.0)
+    work.start()
+    work.join()
 
 
 class Worker:
@@ -159,16 +169,16 @@ class Worker:
         self.arenas = arenas
         self.geometry = Geometry(WeightAddresses(units=units))
         self.checkpoint = Checkpoint.open(folder, units)
-        self.buffer = torch.frombuffer(arenas[device].map(), dtype=torch.uint8)
+        self.buffer = tensor_of(arenas[device])
         self.destination = Destination(arenas[device], self.buffer)
         self.packed: PackedWeights | None = None
         self.stream = Streamer(str(build_kernels(cache_folder() / "kernels")))
 
     def serve(self, pipe: Connection) -> None:
         while (order := pipe.recv()) is not None:
-            if isinstance(order, Pack):
-                self._pack(order)
-                pipe.send("packed")
+            if isinstance(order, Idle):
+                self._idle(order)
+                pipe.send("idle")
                 continue
             moves = self._moves(order)
             self._reserve(order, moves)
@@ -176,19 +186,13 @@ class Worker:
             assert pipe.recv() == "go"
             pipe.send(self._load(order, pipe))
 
-    def _pack(self, order: Pack) -> None:
-        self.packed = PackedWeights(order.path, self.geometry)
-        view = memoryview(self.buffer.numpy())
-        packer = Packer(
-            self.packed,
-            self.geometry,
-            order.shard,
-            lambda start, stop: view[start:stop],
-            pace=1.0,
-            stream=self.stream,
-        )
-        packer.start()
-        packer.join()
+    def _idle(self, order: Idle) -> None:
+        if order.huge_pages:
+            _at_once(huge_pages(self.geometry.addresses, order.shard, self.buffer))
+        if order.path is not None:
+            self.packed = PackedWeights(order.path, self.geometry)
+            view = memoryview(self.buffer.numpy())
+            _at_once(pack(self.packed, self.geometry, order.shard, lambda a, b: view[a:b], self.stream))
 
     def _moves(self, order: Order) -> tuple[Move, ...]:
         return complete(self.geometry, self.device, order.before, order.after, order.moves, order.fresh)
@@ -259,13 +263,13 @@ class Machine:
             assert isinstance(result, Loaded), f"{device}: {result}"
             self.sums |= result.sums
 
-    def pack(self, path: Path) -> float:
-        """Seconds to write the packed weights, all devices at once."""
+    def idle(self, path: Path | None, huge_pages: bool) -> float:
+        """Seconds that it takes to get ready for the next load, all devices at once."""
         began_s = time.perf_counter()
         for device in self.devices:
-            self._pipes[device].send(Pack(path=path, shard=self.before[device]))
+            self._pipes[device].send(Idle(path=path, shard=self.before[device], huge_pages=huge_pages))
         for device in self.devices:
-            assert self._answer(device) == "packed"
+            assert self._answer(device) == "idle"
         return time.perf_counter() - began_s
 
     def _run(self, device: str, pipe: Connection) -> None:
@@ -402,7 +406,7 @@ class Memcpy:
     def fresh_bytes_per_s(self, num_threads: int) -> float:
         """Into pages of a memfd that nobody has touched."""
         with MemfdArena.create("floor", self._source.numel()) as arena:
-            return self.bytes_per_s(num_threads, torch.frombuffer(arena.map(), dtype=torch.uint8))
+            return self.bytes_per_s(num_threads, tensor_of(arena))
 
     def bytes_per_s(self, num_threads: int, target: torch.Tensor | None = None) -> float:
         target = self._target if target is None else target
@@ -586,6 +590,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of the floor's memcpy")
     parser.add_argument("--cold-pages", action="store_true", help="allocate the destinations' pages in the load")
     parser.add_argument("--unpacked", action="store_true", help="read everything from the checkpoint itself")
+    parser.add_argument("--small-pages", action="store_true", help="leave all arenas in pages of 4 KiB")
     parser.add_argument("--weights", choices=("auto", "plain"), default="auto", help="as of `anchortp serve`")
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--tiny", action="store_true", help="a model of a few megabytes: does the benchmark run?")
@@ -603,10 +608,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for num_devices in dict.fromkeys(n for n, _ in CHANGES.values()):
         machine = Machine(folder, num_devices, args.movers, panels)
         try:
-            if not args.unpacked:
-                results.setdefault("pack_s", []).append(
-                    machine.pack(folder / f"packed-{'panels' if panels else 'plain'}")
-                )
+            path = None if args.unpacked else folder / f"packed-{'panels' if panels else 'plain'}"
+            results.setdefault("idle_s", []).append(machine.idle(path, not args.small_pages))
             for change, (size, lost) in CHANGES.items():
                 if size == num_devices:
                     results["changes"][change] = measure(machine, lost, args, memcpy)

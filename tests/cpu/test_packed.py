@@ -15,7 +15,7 @@ from anchortp.transfer import sources, work
 from anchortp.transfer.checksum import digest
 from anchortp.transfer.device import DeviceDestination
 from anchortp.transfer.executor import Loaded
-from anchortp.transfer.packed import PackedWeights, Packer, is_packed
+from anchortp.transfer.packed import PackedWeights, is_packed, pack
 from anchortp.transfer.sources import HostSource
 from anchortp.transfer.streamed import Streamer
 from tests.cpu.transfer_tools import Bench
@@ -56,9 +56,7 @@ def fill(request, stream, monkeypatch):
         buffer = bench.fill("cpu:0", shard_of(bench))
         way = stream if request.param == "mapping" else None
         view = DeviceDestination(buffer).view
-        packer = Packer(packed, bench.geometry, shard_of(bench), view, pace=1.0, stream=way)
-        packer.start()
-        packer.join()
+        list(pack(packed, bench.geometry, shard_of(bench), view, way))
         return packed._mapped.total == (bytes_kept(bench) if way else 0)
 
     return fill
@@ -150,17 +148,7 @@ def test_a_file_that_has_become_shorter_is_left_alone(bench, packed, fill, tmp_p
 def test_what_was_written_later_is_read_through_the_descriptor_until_it_is_mapped(bench, packed, stream):
     assert list(packed.map_ahead(stream)) == [] and not packed._mapped
     buffer = bench.fill("cpu:0", shard_of(bench))
-    packer = Packer(packed, bench.geometry, shard_of(bench), DeviceDestination(buffer).view, pace=1.0)
-    packer.start()
-    packer.join()
+    list(pack(packed, bench.geometry, shard_of(bench), DeviceDestination(buffer).view))
     assert all(reads(bench, packed)) and not packed._mapped
     assert list(packed.map_ahead(stream)) and packed._mapped.total == bytes_kept(bench)
     assert all(reads(bench, packed)) and list(packed.map_ahead(stream)) == [], "once is enough"
-
-
-def test_stop_ends_the_packer(bench, packed):
-    buffer = bench.fill("cpu:0", shard_of(bench))
-    packer = Packer(packed, bench.geometry, shard_of(bench), DeviceDestination(buffer).view, pace=1e-6)
-    packer.start()
-    packer.stop()
-    assert not packer._thread.is_alive()

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import xxhash
 
+from anchortp.arena.pages import MappedPages
 from anchortp.errors import ConfigError
 from anchortp.native import build, build_kernels
-from anchortp.transfer.pages import MappedPages
 from anchortp.transfer.streamed import Streamer
 from tests.cpu.test_native import PLAIN
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,6 +59,30 @@ def test_weights_are_packed_while_serving_and_read_in_a_recovery(folder, tmp_pat
         driver.inject("cpu:1", "lost")
         for stream in streams:
             stream.check()
+
+
+def test_weights_move_into_huge_pages_while_serving_and_through_a_recovery(tmp_path):
+    """Of what a device holds of the embedding and lm_head; nothing else is large enough here."""
+    folder = write_model(tmp_path / "wide", vocab_size=64_000)
+    with running_engine(folder, 3) as driver:
+        streams = driver.speak(3, 200)
+        for device in ("cpu:0", "cpu:1", "cpu:2"):
+            wait_for_huge_pages(driver, device)
+        driver.inject("cpu:1", "lost")
+        driver.wait_recovered(2)
+        driver.inject("cpu:0", "crash")
+        for stream in streams:
+            stream.check()
+        for device in ("cpu:0", "cpu:2"):
+            wait_for_huge_pages(driver, device)
+        driver.speak(1, 20)[0].check()
+
+
+def wait_for_huge_pages(driver, device):
+    smaps, deadline_s = Path(f"/proc/{driver.worker_pid(device)}/smaps_rollup"), time.monotonic() + DEADLINE_S
+    while not re.search(r"ShmemPmdMapped:\s+[1-9]", smaps.read_text()):
+        assert time.monotonic() < deadline_s, "nothing was gathered into huge pages"
+        driver.speak(1, 5)[0].check()
 
 
 @pytest.mark.skipif(not reads_panels(), reason="no panels are known for this CPU")

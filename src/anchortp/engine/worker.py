@@ -76,7 +76,8 @@ from anchortp.transfer.device import DeviceDestination, MappedSource, StagedSour
 from anchortp.transfer.executor import Hooks, Load, Loaded, Progress
 from anchortp.transfer.faulty import Fault, FaultySource
 from anchortp.transfer.fingerprint import fingerprint
-from anchortp.transfer.packed import PackedWeights, Packer, open_packed
+from anchortp.transfer.idle import IdleWork, huge_pages
+from anchortp.transfer.packed import PackedWeights, open_packed, pack
 from anchortp.transfer.queue import Failure
 from anchortp.transfer.sources import Destination, HostSource, PeerSource, Source, map_pages
 from anchortp.transfer.streamed import Streamer
@@ -178,8 +179,8 @@ class Worker:
         self._load: Load | None = None
         self._load_ticket: int | None = None
         self._packed: PackedWeights | None = None
-        self._packer: Packer | None = None
-        self._packing = threading.Lock()  # a load's end and a group's begin may both start the packer
+        self._idle_work: IdleWork | None = None
+        self._idling = threading.Lock()  # a load's end and a group's begin may both start it
         self._rates: dict[str, float] = {}  # bytes per second of links, by the last load that used them
         self._sending = threading.Lock()  # a load's threads speak too
         self._ending = threading.Lock()  # of the one that ends this process
@@ -403,7 +404,7 @@ class Worker:
             rerouted=list(result.rerouted),
         )
         self._send(done)
-        self._start_packer()
+        self._start_idle_work()
 
     def _cancel_load(self, order: m.CancelLoad) -> None:
         if order.ticket == self._load_ticket:
@@ -415,20 +416,24 @@ class Worker:
         if self._load is not None:
             self._load.cancel()
         self._load, self._load_ticket = None, None
-        if self._packer is not None:
-            self._packer.stop()
-        self._packer = None
+        if self._idle_work is not None:
+            self._idle_work.stop()
+        self._idle_work = None
 
-    def _start_packer(self) -> None:
+    def _start_idle_work(self) -> None:
         """Once the group's weights are whole."""
-        with self._packing:
-            waits = self._group is None or (self._load is not None and not self._load.is_whole)
-            if self._packed is None or self._packer is not None or waits:
+        with self._idling:
+            if self._idle_work is not None or self._group is None or (self._load and not self._load.is_whole):
                 return
-            view = _destination(*self._arenas[WEIGHTS_ARENA]).view
-            a = self._assigned()
-            self._packer = Packer(self._packed, a.geometry, self._shard, view, stream=a.stream)
-            self._packer.start()
+            self._idle_work = IdleWork(self._idle_steps(*self._arenas[WEIGHTS_ARENA]))
+            self._idle_work.start()
+
+    def _idle_steps(self, arena: Arena, buffer: torch.Tensor) -> Iterator[None]:
+        a = self._assigned()
+        if isinstance(arena, MemfdArena):
+            yield from huge_pages(a.weights, self._shard, buffer)
+        if self._packed is not None:
+            yield from pack(self._packed, a.geometry, self._shard, _destination(arena, buffer).view, a.stream)
 
     def _source(self, name: str) -> Source:
         """[a thread of the load] The host's checkpoint, or the weights arena of a device."""
@@ -627,7 +632,7 @@ class Worker:
             if self._decoder.moe is not None and order.parts is not None:
                 self._decoder.moe.share(order.parts)
         self._send(m.GroupFormed(epoch=order.epoch))
-        self._start_packer()
+        self._start_idle_work()
 
     def _share(self, order: m.ShareExperts) -> None:
         if order.epoch == self._epoch and self._decoder is not None and self._decoder.moe is not None:

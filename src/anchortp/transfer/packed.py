@@ -20,7 +20,6 @@ import logging
 import math
 import mmap
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,15 +28,14 @@ from torch import Tensor
 
 from anchortp.arena import IntervalSet
 from anchortp.arena.intervals import Range
+from anchortp.arena.pages import MappedPages
 from anchortp.errors import CheckpointError
 from anchortp.layout import ModelUnits, ReplicatedTensor, Shard
 from anchortp.transfer.checkpoint import is_cached
 from anchortp.transfer.checksum import digest, fill_summed
-from anchortp.transfer.pages import MappedPages
 from anchortp.transfer.streamed import Streamer
 from anchortp.transfer.work import Chunk, Geometry, Region
 
-PACE = 0.1  # share of the time in which a worker that serves fills the file
 MAP_BYTES = 8 << 20  # that are made ready at once, within a millisecond
 LOOK_EVERY_S = 0.005
 _WORD_BYTES = 8
@@ -223,69 +221,35 @@ def is_packed(units: ModelUnits, region: Region) -> bool:
     return units.in_panels(tensor) or all(part.axis == 1 for part in tensor.parts)
 
 
-class Packer:
-    """A thread that fills the file with what a shard holds, then makes all of it ready to be read; `pace` of the time.
+def pack(
+    packed: PackedWeights,
+    geometry: Geometry,
+    shard: Shard,
+    view: Callable[[int, int], memoryview],
+    stream: Streamer | None = None,
+) -> Iterator[None]:
+    """Fills the file with what a shard holds, then makes all of it ready to be read, a little at each step.
 
     `view`: `[start, stop)` of the weights arena in host memory, until the next call; its slots of the shard stay as
-    they are until `stop` has returned. `stream`: how it will be read; without one nothing has to be ready.
+    they are until the last step. `stream`: how it will be read; without one nothing has to be ready.
     """
-
-    def __init__(
-        self,
-        packed: PackedWeights,
-        geometry: Geometry,
-        shard: Shard,
-        view: Callable[[int, int], memoryview],
-        pace: float = PACE,
-        stream: Streamer | None = None,
-    ):
-        self._packed = packed
-        self._geometry = geometry
-        self._shard = shard
-        self._view = view
-        self._pace = pace
-        self._stream = stream
-        self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="packer", daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Returns once nothing of the arena is read any more (within a segment)."""
-        self._stopped.set()
-        self.join()
-
-    def join(self) -> None:
-        if self._thread.ident is not None:
-            self._thread.join()
-
-    def _run(self) -> None:
-        steps = self._steps()
-        while not self._stopped.is_set():
-            began_s = time.monotonic()
-            try:
-                next(steps)
-            except StopIteration:
-                return
-            except OSError:
-                return  # the disk is full: loads read the checkpoint, as they would without the file
-            self._stopped.wait((time.monotonic() - began_s) * (1.0 / self._pace - 1.0))
-
-    def _steps(self) -> Iterator[None]:
-        for region, unit, slot in self._blocks():
-            block = self._geometry.start(region, slot)
+    try:
+        for region, unit, slot in _blocks(geometry, shard):
+            block = geometry.start(region, slot)
             for index, begin in enumerate(range(0, region.block_bytes, region.segment_bytes)):
                 end = min(begin + region.segment_bytes, region.block_bytes)
-                self._packed.write(region, unit, index, self._view(block + begin, block + end))
+                packed.write(region, unit, index, view(block + begin, block + end))
                 yield
-        if self._stream is not None:
-            yield from self._packed.map_ahead(self._stream)
+        if stream is not None:
+            yield from packed.map_ahead(stream)
+    except OSError:
+        return  # the disk is full: loads read the checkpoint, as they would without the file
 
-    def _blocks(self) -> Iterator[tuple[Region, int, int]]:
-        for family, regions in self._geometry.regions.items():
-            for region in regions:
-                if not is_packed(self._geometry.units, region):
-                    continue
-                for slot, unit in enumerate(self._shard[family]):
-                    yield region, unit, slot
+
+def _blocks(geometry: Geometry, shard: Shard) -> Iterator[tuple[Region, int, int]]:
+    for family, regions in geometry.regions.items():
+        for region in regions:
+            if not is_packed(geometry.units, region):
+                continue
+            for slot, unit in enumerate(shard[family]):
+                yield region, unit, slot

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from anchortp.arena import IntervalSet, MemfdArena
 from anchortp.arena.intervals import Range
+from anchortp.arena.pages import MappedPages, pages_to_write
 from anchortp.errors import StateError
 from anchortp.layout import ReplicatedTensor, UnitTensor
 from anchortp.transfer.checkpoint import Checkpoint
 from anchortp.transfer.checksum import PIECE_BYTES, digest, fill_summed
 from anchortp.transfer.packed import PackedWeights
-from anchortp.transfer.pages import MappedPages, pages_to_write
 from anchortp.transfer.streamed import Streamer
 from anchortp.transfer.work import Chunk
 

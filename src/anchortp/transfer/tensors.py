@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from anchortp.arena import MemfdArena, PinnedMapping, VmmMapping
+from anchortp.arena.pages import map_shared
 
 
 def tensor_of(arena: MemfdArena | PinnedMapping | VmmMapping) -> Tensor:
@@ -16,5 +17,5 @@ def tensor_of(arena: MemfdArena | PinnedMapping | VmmMapping) -> Tensor:
     later appear in the same tensor. Of a pinned mapping only what is pinned may be touched.
     """
     if isinstance(arena, MemfdArena):
-        return torch.frombuffer(arena.map(), dtype=torch.uint8)
+        return torch.frombuffer(map_shared(arena.fd, arena.reserved_bytes, writable=True), dtype=torch.uint8)
     return from_dlpack(arena.dlpack())
