@@ -614,7 +614,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 if size == num_devices:
                     results["changes"][change] = measure(machine, lost, args, memcpy)
             if num_devices == 4:
-                results["overlap"] = measure_overlap(machine, args.repeats, memcpy, args.threads)
+                results["overlap"] = measure_overlap(machine, 4 * args.repeats, memcpy, args.threads)
                 results["host_bytes_per_s"] = measure_host(machine, memcpy, args.repeats)
         finally:
             machine.close()
