@@ -167,3 +167,18 @@ def test_a_change_tells_its_own_story_and_a_load_that_is_cut_short_has_no_last_l
     assert [line for line in texts(world.coordinator.episodes[-1]) if "MB of weights came in" in line]
     start = world.coordinator.episodes[0]
     assert sum("MB of weights came in" in line for line in texts(start)) == 1
+
+
+def test_bytes_that_arrive_when_their_load_is_over_count_and_are_not_called_all():
+    world = serving()
+    world.lose("cpu:2")
+    until_loading(world)
+    links = rates_given(world, 1e8)
+    late = next(event for event in world.inflight if isinstance(event, ev.Loaded) and event.device == "cpu:0")
+    world.lose("cpu:1")
+    world.give(late)
+    episode = world.coordinator.episodes[-1]
+    assert episode.links == {"host>cpu:0": links["host>cpu:0"]}
+    assert not [line for line in texts(episode) if "of weights came in" in line]
+    world.settle()
+    assert sum("of weights came in" in line for line in texts(episode)) == 1
