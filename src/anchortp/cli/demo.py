@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from anchortp.cli.client import Stream, http_client, private_tmp, served, time_to_first_success
+from anchortp.cli.progress import link_lines, loading_view
 from anchortp.cli.serving import default_model_name, resolve_folder
 from anchortp.errors import AnchorTPError, ConfigError
 from anchortp.state.client import AnchorClient
@@ -148,7 +149,7 @@ def _tell(console: Console, show: Show, told: int) -> int:
 
 
 def _view(show: Show) -> Group:
-    return Group(_device_panels(show), _stream_table(show), _timeline(show))
+    return Group(_device_panels(show), _stream_table(show), loading_view(show.status), _timeline(show))
 
 
 def _device_panels(show: Show) -> Columns:
@@ -215,6 +216,7 @@ def _verdict(console: Console, show: Show) -> int:
         "bytes loaded": f"{moved['loaded']:,}",
         "  of them further KV head copies": f"{moved['replica']:,}",
         "bytes copied between devices": f"{moved['copied']:,}",
+        "weights by link, while it was busy": "\n".join(link_lines(episode["links"])) or "none moved",
         "KV cache": episode["kv"],
         "requests failed": str(len(failed)),
     }

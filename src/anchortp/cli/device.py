@@ -9,8 +9,11 @@ from typing import Annotated, Any
 import httpx
 import typer
 from rich.console import Console
+from rich.live import Live
+from rich.spinner import Spinner
 from rich.table import Table
 
+from anchortp.cli.progress import is_loading, link_lines, loading_view
 from anchortp.errors import AnchorTPError, ConfigError
 
 app = typer.Typer(help="Add devices to a running engine, take them away, weigh them.", no_args_is_help=True)
@@ -83,8 +86,7 @@ def _change(body: dict[str, Any], wait: bool, runtime_dir: Path | None, api_key:
         if not wait:
             console.print(f"change {change_id} has begun")
             return
-        with console.status("bytes move while the engine serves"):
-            episode = _wait(client, change_id)
+        episode = _follow(client, change_id, console)
         if not episode["outcome"].startswith(("serving", "done")):
             raise ChangeRefused(episode["outcome"])
         moved, phases = episode["bytes"], episode["phases"]
@@ -94,20 +96,34 @@ def _change(body: dict[str, Any], wait: bool, runtime_dir: Path | None, api_key:
         console.print(
             f"{episode['cause']}: {sources} in {behind:.2f} s behind the steps, then {switch_ms:.0f} ms to switch"
         )
+        for line in link_lines(episode["links"]):
+            console.print(f"  {line}")
         console.print(_table(_answer(client.get("/devices"))["data"]))
 
 
 _BEHIND = ("attaching", "reserving", "loading", "ready")
 
 
-def _wait(client: httpx.Client, change_id: int) -> dict[str, Any]:
-    """Until the change has come to an end. The server ends what takes too long, so this ends too."""
-    while True:
-        tries = [e for e in _answer(client.get("/devices"))["changes"] if e["change_id"] == change_id]
-        outcome = tries[-1]["outcome"] if tries else ""
-        if outcome and not outcome.startswith(("interrupted", "first ")):
-            return tries[-1]
-        time.sleep(POLL_S)
+def _follow(client: httpx.Client, change_id: int, console: Console) -> dict[str, Any]:
+    """Until the change has come to an end, with a bar, or without a terminal the lines of its story as they come. The
+    server ends what takes too long, so this ends too."""
+    num_told = 0
+    waiting = Spinner("dots", "the engine serves on")
+    with Live(console=console, transient=True, auto_refresh=False) as live:
+        while True:
+            status = _answer(client.get("/status"))
+            tries = [e for e in status["changes"] if e["change_id"] == change_id]
+            if console.is_terminal:
+                live.update(loading_view(status) if is_loading(status) else waiting, refresh=True)
+            else:
+                lines = [line for attempt in tries for line in attempt["timeline"]]
+                for line in lines[num_told:]:
+                    console.print(f"+{line['at_s']:.2f} s  {line['text']}", soft_wrap=True)
+                num_told = len(lines)
+            outcome = tries[-1]["outcome"] if tries else ""
+            if outcome and not outcome.startswith(("interrupted", "first ")):
+                return tries[-1]
+            time.sleep(POLL_S)
 
 
 def _client(runtime_dir: Path | None, api_key: str | None) -> httpx.Client:

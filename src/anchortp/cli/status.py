@@ -11,6 +11,7 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
+from anchortp.cli.progress import loading_lines
 from anchortp.cli.serving import serving_url
 from anchortp.config import default_runtime_dir
 from anchortp.devices import parse_file_name
@@ -41,6 +42,8 @@ def show(runtime_dir: Path | None, *, json_output: bool, api_key: str | None) ->
         f"{engine['num_waiting']} waiting, {engine['num_spares']} spare(s)"
         + (f"\n{engine['reason']}" if engine["reason"] else "")
     )
+    for line in loading_lines(engine):
+        console.print(line)
     if engine.get("expert_load"):
         console.print(_expert_table(engine))
         console.print(expert_line(engine))

@@ -44,7 +44,7 @@ from anchortp.errors import (
 )
 from anchortp.layout import EXPERT, KV, ModelUnits, empty_shard, model_units
 from anchortp.plan import FromPeer, Move
-from anchortp.recovery import Coordinator, RecoveryConfig, StepDeadline
+from anchortp.recovery import Coordinator, Progress, RecoveryConfig, StepDeadline
 from anchortp.recovery import events as ev
 from anchortp.recovery.coordinator import IDLE, REFUSING, SERVING
 from anchortp.recovery.devices import slots_after_a_loss
@@ -126,7 +126,7 @@ class ElasticEngine:
         self._suspects: Counter[str] = Counter()
         self._adopting: dict[str, threading.Thread] = {}  # each starts an anchor
         self._handing_over: set[str] = set()  # devices whose worker has not answered yet
-        self._load_progress: dict[str, tuple[int, int]] = {}
+        self._progress = Progress()  # of the loads that are awaited
         self._sums: dict[str, str] = {}  # what units must add up to, learned when they were first loaded
         self._record: ev.Record | None = None  # not written yet
         self._num_changes = 0
@@ -477,13 +477,12 @@ class ElasticEngine:
                 self._handle(ev.Attached(device=device, epoch=epoch))
             case m.EpochLeft(epoch=epoch):
                 self._handle(ev.Left(device=device, epoch=epoch))
-            case m.LoadProgress(num_bytes=num_bytes, total_bytes=total_bytes):
-                self._load_progress[device] = (num_bytes, total_bytes)
-                self._publish()
+            case m.LoadProgress():
+                self._progressed(device, message)
             case m.LoadDone():
                 self._loaded(device, message)
             case m.LoadRefused(ticket=ticket, reason=reason, device=source):
-                self._load_progress.pop(device, None)
+                self._progress = self._progress.without(device)
                 self._handle(ev.LoadFailed(device=device, ticket=ticket, reason=reason, source=source))
             case m.UnitsArranged(epoch=epoch):
                 self._handle(ev.Arranged(device=device, epoch=epoch))
@@ -517,7 +516,10 @@ class ElasticEngine:
         self._handling = True
         try:
             while self._events:
-                for command in self.recovery.handle(self._events.popleft(), time.monotonic()):
+                commands = self.recovery.handle(self._events.popleft(), time.monotonic())
+                if not self.recovery.is_loading:  # asked before the next loads are ordered
+                    self._progress = Progress()
+                for command in commands:
                     self._perform(command)
         finally:
             self._handling = False
@@ -552,7 +554,6 @@ class ElasticEngine:
             case ev.Load():
                 self._load(command)
             case ev.CancelLoad(device=device, ticket=ticket):
-                self._load_progress.pop(device, None)
                 self._send(device, m.CancelLoad(ticket=ticket))
             case ev.Arrange():
                 self._arrange(command)
@@ -621,8 +622,22 @@ class ElasticEngine:
         )
         self._send(command.device, order)
 
+    def _progressed(self, device: str, report: m.LoadProgress) -> None:
+        """Dropped if it is of a load that was called off."""
+        if not self.recovery.awaits(report.ticket):
+            return
+        total_bytes, now_s = report.total_bytes, time.monotonic()
+        self._progress = self._progress.heard(device, report.num_bytes, total_bytes, report.links, now_s)
+        if self._progress.is_worth_a_line:
+            self._progress = self._progress.told()
+            self._handle(ev.Progressed(progress=self._progress))
+        else:
+            self._publish()
+
     def _loaded(self, device: str, done: m.LoadDone) -> None:
-        self._load_progress.pop(device, None)
+        if self.recovery.awaits(done.ticket):  # through, and counted until all are
+            total_bytes, now_s = done.num_bytes, time.monotonic()
+            self._progress = self._progress.heard(device, total_bytes, total_bytes, done.links, now_s)
         self._sums |= done.sums
         self._handle(
             ev.Loaded(
@@ -900,6 +915,7 @@ class ElasticEngine:
             },
             "counters": dict(self._counters),
             "devices": self._devices(experts.pop("device_load", {})),
+            **self._progress.as_dict(),
             "links": {f"{a}>{b}": {"bytes_per_s": rate} for (a, b), rate in recovery.rates.measured.items()},
             "expert_load": experts.pop("expert_load", {}),
             "experts": experts,
@@ -915,8 +931,9 @@ class ElasticEngine:
                 device["expert_load"] = expert_load[name]
             process = self._workers.get(name)
             device["worker_pid"] = process.pid if process is not None else 0
-            loaded, total = self._load_progress.get(name, (0, 0))
-            device["loading_bytes"], device["loading_total_bytes"] = loaded, total
+            load = self._progress.devices.get(name)
+            device["loading_bytes"] = load.num_bytes if load is not None else 0
+            device["loading_total_bytes"] = load.total_bytes if load is not None else 0
             device["ready_bytes"] = self._plane.ready_bytes(name)
         return devices
 

@@ -2,6 +2,7 @@
 
 from anchortp.recovery.coordinator import Coordinator, RecoveryConfig, replay
 from anchortp.recovery.deadline import StepDeadline
+from anchortp.recovery.progress import Progress
 from anchortp.recovery.story import Episode, Line
 
-__all__ = ["Coordinator", "Episode", "Line", "RecoveryConfig", "StepDeadline", "replay"]
+__all__ = ["Coordinator", "Episode", "Line", "Progress", "RecoveryConfig", "StepDeadline", "replay"]

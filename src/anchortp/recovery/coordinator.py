@@ -76,6 +76,7 @@ from anchortp.recovery.events import (
     Loaded,
     LoadFailed,
     PlaneSource,
+    Progressed,
     Record,
     Refuse,
     Reserve,
@@ -90,6 +91,7 @@ from anchortp.recovery.events import (
     WorkerGone,
     WorkerHung,
 )
+from anchortp.recovery.progress import Progress, added
 from anchortp.recovery.story import Episode, Line
 
 IDLE, LEAVING, CENSUS, ADOPTING, ATTACHING = "idle", "leaving", "census", "adopting", "attaching"
@@ -164,6 +166,8 @@ class Coordinator:
         self._load_deadline_s: float | None = None
         self._ticket = 0
         self._orders: dict[int, _Order] = {}  # by ticket; the answers that would be facts
+        self._brought: Progress | None = None  # what the loads that were said last have brought
+        self._ordered_s = 0.0  # when they were said
         self._loading: set[str] = set()  # devices that the present layout still waits for
         self._unreadable: set[str] = set()  # devices that could not be copied from, in this recovery
         self._staging: ch.Staging | None = None  # how the present plan is carried out
@@ -200,6 +204,15 @@ class Coordinator:
     def is_whole(self) -> bool:
         """Every byte of the layout that is served has arrived."""
         return not self._loading
+
+    @property
+    def is_loading(self) -> bool:
+        """Loads were said and are not answered."""
+        return bool(self._orders)
+
+    def awaits(self, ticket: int) -> bool:
+        """Whether the load of this ticket is one of them."""
+        return ticket in self._orders
 
     @property
     def is_calm(self) -> bool:
@@ -412,6 +425,10 @@ class Coordinator:
         episode.replicated_bytes += replicated
         episode.replica_bytes += num_bytes - replicated - sum(self.units.unit_bytes[family] for family, _ in found)
 
+    def _on_progressed(self, event: Progressed) -> None:
+        behind = self._change is not None and self._change.step == ch.LOADING
+        self._say(event.progress.in_words(), self._change.episode if behind else self._recovery)
+
     def _on_load_failed(self, event: LoadFailed) -> None:
         if self._orders.pop(event.ticket, None) is None:
             return
@@ -509,6 +526,7 @@ class Coordinator:
         self.epoch += 1
         self._restore_failed = False  # whoever lacks planes is told again where from
         self._loading, self._load_deadline_s = set(), None
+        self._brought = None  # a load that is cut short has no end to tell of
         present = self._devices | (self._joining if self._change is not None else {})
         live = [name for name, device in present.items() if device.has_worker]
         self._say(f"epoch {self.epoch} begins; {len(live)} worker(s) leave the old group")
@@ -640,6 +658,8 @@ class Coordinator:
                     background=background,
                 )
             )
+        if wanted:
+            self._brought, self._ordered_s = Progress(), self._now
         if wanted and not background:
             self._loading = set(wanted)
             self._load_deadline_s = self._now + self._load_timeout(wanted)
@@ -651,6 +671,7 @@ class Coordinator:
     def _all_loaded(self) -> None:
         self._load_deadline_s = None
         self._recovery.whole_s = self._now
+        self._tell_brought(self._recovery)
         if self.phase == LOADING:
             then, self._after_loads = self._after_loads, None
             assert then is not None
@@ -987,6 +1008,7 @@ class Coordinator:
             change.episode.replicated_bytes += self.units.replicated_bytes
         change.waiting.discard(event.device)
         if not change.waiting:
+            self._tell_brought(change.episode)
             change.enter(ch.READY, self._now)
 
     def _on_switch(self, event: Switch) -> None:
@@ -1107,6 +1129,15 @@ class Coordinator:
         episode.loaded_bytes += event.num_bytes - event.peer_bytes
         episode.copied_bytes += event.peer_bytes
         self._say(f"{event.device} has its {event.num_bytes} bytes, {event.peer_bytes} of them from peers", episode)
+        links = {source: (size, rate) for source, size, rate in event.links}
+        episode.links = added(episode.links, {f"{source}>{event.device}": link for source, link in links.items()})
+        if self._brought is not None:
+            self._brought = self._brought.heard(event.device, event.num_bytes, event.num_bytes, links, self._now)
+
+    def _tell_brought(self, episode: Episode) -> None:
+        if self._brought is not None:
+            self._say(self._brought.in_words_at_the_end(self._now - self._ordered_s), episode)
+            self._brought = None
 
     def _forget_load(self, name: str) -> None:
         self._loading.discard(name)
@@ -1202,6 +1233,7 @@ _HANDLERS: dict[type, Callable[[Coordinator, Any], None]] = {
     Attached: Coordinator._on_attached,
     Reserved: Coordinator._on_reserved,
     Loaded: Coordinator._on_loaded,
+    Progressed: Coordinator._on_progressed,
     LoadFailed: Coordinator._on_load_failed,
     Arranged: Coordinator._on_arranged,
     Compacted: Coordinator._on_compacted,

@@ -12,6 +12,7 @@ from enum import StrEnum
 
 from anchortp.layout import Layout, Shard
 from anchortp.plan import Move, Plan
+from anchortp.recovery.progress import Progress
 
 # ------------------------------------------------------------------------------------------------- events
 
@@ -143,6 +144,13 @@ class Loaded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Progressed:
+    """A part of what is loaded now has arrived (`Progress.is_worth_a_line`). For the story: it decides nothing."""
+
+    progress: Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoadFailed:
     """Answer to `Load`: a source could not be read, the device `source` or (if empty) the host."""
 
@@ -205,6 +213,7 @@ Event = (
     | Attached
     | Reserved
     | Loaded
+    | Progressed
     | LoadFailed
     | Arranged
     | Compacted

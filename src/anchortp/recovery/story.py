@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from anchortp.recovery.progress import links_as_dict
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
@@ -24,6 +26,7 @@ class Episode:
     the weights really came from the host, `copied` between devices. What was still under way when the next fault
     came counts in the episode in which it arrives: sums over episodes are exact. `kv_copied`, `kv_restored`: KV
     planes that came from another device, and from the host's mirror. `kv`: what was left of the cache (`KVState`).
+    `links`: what came over each, `source>device`: bytes, and bytes per second while it was busy.
     `whole_s`: when the last byte of weights was there, which may be after the engine served again. `change_id`: of a
     planned change, 0 for faults and the start.
     """
@@ -38,6 +41,7 @@ class Episode:
     replicated_bytes: int = 0
     loaded_bytes: int = 0
     copied_bytes: int = 0
+    links: dict[str, tuple[int, float]] = field(default_factory=dict)
     kv: str = "whole"
     kv_copied_bytes: int = 0
     kv_restored_bytes: int = 0
@@ -78,6 +82,7 @@ class Episode:
                 "kv_copied": self.kv_copied_bytes,
                 "kv_restored": self.kv_restored_bytes,
             },
+            "links": links_as_dict(self.links),
             "kv": self.kv,
             "phases": self.phase_seconds(),
             "timeline": [
