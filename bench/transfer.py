@@ -168,11 +168,11 @@ class Worker:
         self.device = device
         self.arenas = arenas
         self.geometry = Geometry(WeightAddresses(units=units))
-        self.checkpoint = Checkpoint.open(folder, units)
+        self.stream = Streamer(str(build_kernels(cache_folder() / "kernels")))
+        self.checkpoint = Checkpoint.open(folder, units, self.stream)
         self.buffer = tensor_of(arenas[device])
         self.destination = Destination(arenas[device], self.buffer)
         self.packed: PackedWeights | None = None
-        self.stream = Streamer(str(build_kernels(cache_folder() / "kernels")))
 
     def serve(self, pipe: Connection) -> None:
         while (order := pipe.recv()) is not None:
@@ -189,7 +189,9 @@ class Worker:
     def _idle(self, order: Idle) -> None:
         if order.huge_pages:
             _at_once(huge_pages(self.geometry.addresses, order.shard, self.buffer))
-        if order.path is not None:
+        if False:
+            _at_once(self.checkpoint.map_ahead())
+        elif order.path:
             self.packed = PackedWeights(order.path, self.geometry)
             view = memoryview(self.buffer.numpy())
             _at_once(pack(self.packed, self.geometry, order.shard, lambda a, b: view[a:b], self.stream))
@@ -502,7 +504,9 @@ def measure_checksum(num_bytes: int = 1 << 20, repeats: int = 200) -> dict:
 
 def measure_host(machine: Machine, memcpy: Memcpy, repeats: int) -> dict:
     """One thread: rows and columns of the checkpoint, in the page cache, into warm memory."""
-    checkpoint = Checkpoint.open(machine.folder, machine.units)
+    checkpoint = Checkpoint.open(
+        machine.folder, machine.units, Streamer(str(build_kernels(cache_folder() / "kernels")))
+    )
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     speeds: dict[str, list[float]] = {"memcpy": []}

@@ -62,6 +62,12 @@ def pages_to_write(address: int, num_bytes: int) -> bool:
     return _advise(address, num_bytes, _MADV_POPULATE_WRITE) == 0
 
 
+def pages_to_read(address: int, num_bytes: int) -> bool:
+    """Maps the pages of `[address, address + num_bytes)` for reading; False where the kernel is too old for it, or they
+    cannot be had (the storage fails, the file is shorter: to touch them would end the process)."""
+    return _advise(address, num_bytes, _MADV_POPULATE_READ) == 0
+
+
 def gather_pages(address: int) -> bool:
     """Moves the memory of a shared mapping at `address`, a multiple of `HUGE_PAGE_BYTES`, into one huge page: 0.8 ms of
     copying, during which whoever touches it waits. Holes in it would be filled, so there should be none.
@@ -83,9 +89,8 @@ class MappedPages:
         self.address = ctypes.addressof(self._bytes)
 
     def make_ready(self, start: int, stop: int) -> bool:
-        """Maps the pages of `[start, stop)`; False where the kernel is too old for it, or they cannot be had (the
-        storage fails, the file is shorter: to touch them would end the process)."""
-        return _advise(self.address + start, stop - start, _MADV_POPULATE_READ) == 0
+        """Maps the pages of `[start, stop)`, as `pages_to_read`."""
+        return pages_to_read(self.address + start, stop - start)
 
 
 def _advise(address: int, num_bytes: int, advice: int) -> int:

@@ -441,7 +441,7 @@ class Worker:
         if name == HOST_SOURCE:
             if self._checkpoint is None:
                 check_weights(a.units)
-                self._checkpoint = Checkpoint.open(Path(a.order.model_folder), a.units)
+                self._checkpoint = Checkpoint.open(Path(a.order.model_folder), a.units, a.stream)
             source: Source = HostSource(self._checkpoint, self._packed)
             if a.accelerator.open_driver is not None:
                 source = StagedSource(source)

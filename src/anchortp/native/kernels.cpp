@@ -9,6 +9,7 @@
 #include "layers.h"
 #include "matrices.h"
 #include "rows.h"
+#include "turn.h"
 
 #define EXPORT(DTYPE, T)                                                                                               \
     extern "C" void add_norm_##DTYPE(T* x, const T* delta, const T* weight, T* out, int64_t num_rows, int64_t num,     \
@@ -39,6 +40,15 @@ extern "C" uint64_t copy_summed(uint8_t* to, const uint8_t* from, int64_t num_by
 }
 
 extern "C" int64_t shortest_summed() { return copying::kShortest; }
+
+extern "C" void turn_columns(const uint16_t* from, int64_t stride, uint16_t* to, int64_t num_rows, int64_t num_columns) {
+    turning::turn_columns(from, stride, to, num_rows, num_columns);
+}
+
+extern "C" void turn_panels(const uint8_t* from, uint8_t* to, int64_t num_panels, int64_t panel_rows,
+                            int64_t num_pairs) {
+    turning::turn_panels(from, to, num_panels, panel_rows, num_pairs);
+}
 
 EXPORT(bfloat16, BFloat16)
 EXPORT(float32, float)

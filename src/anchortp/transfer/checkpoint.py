@@ -19,10 +19,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from anchortp.arena.pages import pages_to_read
 from anchortp.errors import CheckpointError
 from anchortp.layout import EXPERT, PANEL_ROWS, ModelUnits, ReplicatedTensor, UnitTensor
 from anchortp.transfer.experts import fused_place
 from anchortp.transfer.fingerprint import weight_files
+from anchortp.transfer.streamed import Streamer
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 STORED_DTYPES = tuple(TORCH_DTYPES)
@@ -34,23 +36,27 @@ _MAX_IOVECS = 1024  # IOV_MAX of Linux
 # cache; on one thread this ran at 3 to 5 GB/s, against 0.4 to 2.5 GB/s for a plain copy of a transposed view.
 STRIP_COLUMNS = 128
 
+MAP_BYTES = 8 << 20  # that are made ready at once, within a millisecond
+
 # Panels (of another kind, `layout.units`) that are read before they are turned: they stay in the L2 cache.
-PANELS_AT_ONCE = 4
+PANELS_AT_ONCE = 1
 
 
 class Checkpoint:
     """The tensors of one model folder that its units need. Open with `Checkpoint.open`."""
 
-    def __init__(self, units: ModelUnits, places: dict[str, _Place]):
+    def __init__(self, units: ModelUnits, places: dict[str, _Place], stream: Streamer | None = None):
         self.units = units
+        self._stream = stream
         self._places = places  # by tensor name
         self._views: dict[str, Tensor] = {}
 
     @classmethod
-    def open(cls, folder: str | Path, units: ModelUnits) -> Checkpoint:
+    def open(cls, folder: str | Path, units: ModelUnits, stream: Streamer | None = None) -> Checkpoint:
         """Maps the weight files and checks every tensor that `units` needs: there, of the right shape, of a
         dtype that can be converted. Tensors that are not needed (a tied lm_head) are ignored. Experts may come
-        one by one or fused (`transfer.experts`).
+        one by one or fused (`transfer.experts`). `stream`: what rearranges weights; else torch does, at a quarter to
+        a half of the speed.
 
         Raises CheckpointError, which names the file and the tensor, what was expected and what was found.
         """
@@ -64,7 +70,7 @@ class Checkpoint:
                     f"Download the model again, or check that config.json belongs to it."
                 )
             places[name] = place
-        return cls(units, places)
+        return cls(units, places, stream)
 
     def tensor(self, name: str) -> Tensor:
         """A whole tensor as stored: a view of the mapped file, not to be written to."""
@@ -97,7 +103,7 @@ class Checkpoint:
             panels = out[start : start + plain.shape[0]]
             rows = plain[: panels.shape[0]]
             self._read_plain(tensor, copy, first_unit, first_row + start, rows)
-            _to_panels(rows, panels)
+            (self._stream.panels if self._stream else _to_panels)(rows, panels)
 
     def _read_plain(self, tensor: UnitTensor, copy: int, first_unit: int, first_row: int, out: Tensor) -> None:
         pending: dict[str, list[_Stretch]] = {}
@@ -117,7 +123,9 @@ class Checkpoint:
             for x in stretches:
                 rows = out[x.row : x.row + x.count]
                 if x.axis == 1:
-                    _transpose(rows, self.tensor(name)[:, x.index : x.index + x.count])
+                    columns = self.tensor(name)[:, x.index : x.index + x.count]
+                    if self._stream is None or not self._stream.columns(columns, rows):
+                        _transpose(rows, columns)
                 else:
                     rows.copy_(self.tensor(name)[x.index : x.index + x.count])  # it is converted
 
@@ -137,6 +145,27 @@ class Checkpoint:
             for stretch in stretches:
                 place = self._places[stretch.name]
                 place.prefetch(*((stretch.index, stretch.count) if stretch.axis == 0 else (0, place.shape[0])))
+
+    def map_ahead(self) -> Iterator[None]:
+        """Maps the pages of tensors that are cut along their columns, some at each step, where they are in the page
+        cache: each of them holds a few bytes of every unit, so a read of one unit would have to map all of them, which
+        takes several times as long as the copy."""
+        for tensor in self.units.tensors:
+            for part in tensor.parts:
+                if part.axis != 1:
+                    continue
+                for copy in range(self.units.num_copies(tensor)):
+                    for unit in range(self.units.num_units[EXPERT]) if tensor.family == EXPERT else (0,):
+                        yield from self._map_tensor(self.units.stored_at(tensor, part, copy, unit)[0])
+
+    def _map_tensor(self, name: str) -> Iterator[None]:
+        place, stored = self._places[name], self.tensor(name)
+        rows = max(1, MAP_BYTES // (stored.stride(0) * stored.itemsize))
+        for first in range(0, stored.shape[0], rows):
+            part = stored[first : first + rows]
+            if place.is_cached(first) and not pages_to_read(part.data_ptr(), part.nbytes):
+                return
+            yield
 
     def check_unchanged(self) -> None:
         """Raises CheckpointError if a weight file was written to since it was opened."""

@@ -1,4 +1,5 @@
-"""Copies from mapped memory and sums in one pass, past the cache (`native/copy.h`)."""
+"""Weights moved by our kernels: copied and summed in one pass, past the cache (`native/copy.h`), or rearranged as an
+arena holds them (`native/turn.h`)."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import xxhash
 from torch import Tensor
 
 from anchortp.errors import ConfigError
+from anchortp.layout import PANEL_ROWS
 from anchortp.transfer.work import Chunk
 
 
@@ -20,9 +22,13 @@ class Streamer:
         try:
             functions = ctypes.CDLL(library)
             self._copy, self._shortest = functions.copy_summed, int(functions.shortest_summed())
+            self._columns, self._panels = functions.turn_columns, functions.turn_panels
         except (OSError, AttributeError) as error:
             raise ConfigError(f"the kernels in {library} cannot be loaded ({error}); use --kernels torch.") from error
         self._copy.argtypes, self._copy.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_uint64
+        self._columns.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+        self._panels.argtypes = (ctypes.c_void_p, ctypes.c_void_p, *(3 * (ctypes.c_int64,)))
+        self._columns.restype = self._panels.restype = None
 
     def __call__(self, to: int, start: int, num_bytes: int) -> int:
         if num_bytes >= self._shortest:
@@ -34,3 +40,15 @@ class Streamer:
         """Fills `out` (uint8, the bytes of a chunk of whole segments) from an address on. The segments' digests."""
         source, to = start - chunk.start, out.data_ptr() - chunk.start
         return [self(to + s.start, source + s.start, s.stop - s.start) for s in chunk.segments]
+
+    def columns(self, source: Tensor, out: Tensor) -> bool:
+        """`out` `[columns, rows]`, contiguous, = `source` `[rows, columns]` transposed, whose rows are apart; False,
+        and nothing is done, unless both are of one dtype of two bytes an element."""
+        if source.dtype != out.dtype or out.itemsize != 2 or source.stride(1) != 1:
+            return False
+        self._columns(source.data_ptr(), source.stride(0), out.data_ptr(), *source.shape)
+        return True
+
+    def panels(self, plain: Tensor, out: Tensor) -> None:
+        """`plain` `[rows, hidden]`, bfloat16, contiguous, into `out`, of the same shape, in panels (`layout.units`)."""
+        self._panels(plain.data_ptr(), out.data_ptr(), len(plain) // PANEL_ROWS, PANEL_ROWS, plain.shape[1] // 2)
