@@ -22,7 +22,7 @@ from torch import Tensor
 from anchortp.errors import CheckpointError
 from anchortp.layout import EXPERT, PANEL_ROWS, ModelUnits, ReplicatedTensor, UnitTensor
 from anchortp.transfer.experts import fused_place
-from anchortp.transfer.fingerprint import weight_files
+from anchortp.transfer.fingerprint import fingerprint, weight_files
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 STORED_DTYPES = tuple(TORCH_DTYPES)
@@ -47,14 +47,23 @@ class Checkpoint:
         self._views: dict[str, Tensor] = {}
 
     @classmethod
-    def open(cls, folder: str | Path, units: ModelUnits) -> Checkpoint:
+    def open(cls, folder: str | Path, units: ModelUnits, expected: str | None = None) -> Checkpoint:
         """Maps the weight files and checks every tensor that `units` needs: there, of the right shape, of a
         dtype that can be converted. Tensors that are not needed (a tied lm_head) are ignored. Experts may come
         one by one or fused (`transfer.experts`).
 
+        `expected`: the folder's fingerprint (`transfer.fingerprint`) as it was when its weights were first served.
+        What has changed since is refused, however well it would fit.
+
         Raises CheckpointError, which names the file and the tensor, what was expected and what was found.
         """
         files = _open_files(Path(folder))
+        # Not before: a file that is replaced in between would pass.
+        if expected is not None and fingerprint(folder, units.config) != expected:
+            raise CheckpointError(
+                f"the checkpoint in {folder} was changed since it was first served. Restore its files, with their "
+                f"times, or restart with the new weights."
+            )
         places = {}
         for name, shape in units.stored_tensors():
             place = _find(files, units, name, shape)

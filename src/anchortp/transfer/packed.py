@@ -6,7 +6,7 @@ transposed. Weights that lie in panels (`layout.units`) have to be rearranged as
 contiguous and as the arena wants it. Workers fill the file from their arenas when they have nothing better to do, and
 every later load, of any layout, reads from it; what is not there is read from the checkpoint. Tensors that are the
 same in both are left out. It takes a third of the model's size on disk, with panels all of it, and can be deleted at
-any time.
+any time. It has the fingerprint of what the arenas hold for a name, whatever lies in the model's folder by now.
 
 The file ends with the xxh3_64 of every segment (`transfer.work`), 0 where there is none. It is written after its
 segment, and believed only if the segment adds up to it: processes share the file without locks, and a segment that
