@@ -31,7 +31,7 @@ from anchortp.arena.intervals import Range
 from anchortp.arena.pages import MappedPages
 from anchortp.errors import CheckpointError
 from anchortp.layout import ModelUnits, ReplicatedTensor, Shard
-from anchortp.transfer.checkpoint import is_cached
+from anchortp.transfer.checkpoint import ask_ahead, is_cached
 from anchortp.transfer.checksum import digest, fill_summed
 from anchortp.transfer.streamed import Streamer
 from anchortp.transfer.work import Chunk, Geometry, Region
@@ -152,8 +152,7 @@ class PackedWeights:
             return True
         if not self._is_whole() or 0 in self._table[numbers.start : numbers.stop]:
             return False
-        if not is_cached(self._fd, start):
-            os.posix_fadvise(self._fd, start, chunk.num_bytes, os.POSIX_FADV_WILLNEED)
+        ask_ahead(self._fd, start, start + chunk.num_bytes)
         return True
 
     def write(self, region: Region, unit: int, index: int, data: memoryview) -> None:
