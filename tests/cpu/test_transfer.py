@@ -310,6 +310,68 @@ def test_an_error_of_the_device_is_told_and_ends_the_load(bench, where):
     assert not load.is_whole
 
 
+@pytest.mark.parametrize("where", ["before_chunk", "prepare"])
+def test_an_error_of_our_own_before_a_copy_ends_the_load(bench, where):
+    told: list[Exception] = []
+    hooks = {"on_error": told.append} | ({"before_chunk": broken} if where == "before_chunk" else {})
+    load, results = bench.load("cpu:0", whole(bench), hooks=hooks)
+    if where == "prepare":
+        load._destination.prepare = broken
+    load.start()
+    result = results.get(timeout=20)
+    assert isinstance(result, Failure) and "ECC" in result.reason and result.device == ""
+    assert {type(error) for error in told} == {BrokenDevice}
+    load.cancel()
+    load._queue.validate()
+    assert load._queue.in_flight == 0
+
+
+def test_a_peer_that_is_slow_to_answer_does_not_hold_up_the_host(bench):
+    shard = whole(bench)
+    bench.fill("cpu:1", shard)
+    (move, *_) = moves_from(bench, "cpu:2", shard, {"cpu:1": shard})
+    load, results = bench.load("cpu:2", shard, moves=[move])
+    opened, is_read, waited = load._hooks.open_source, threading.Event(), []
+
+    def open_source(name):
+        source = opened(name)
+        if name == HOST:
+            read = source.read
+            source.read = lambda *args: (read(*args), is_read.set())[0]
+        else:
+            waited.append(is_read.wait(timeout=20))
+        return source
+
+    object.__setattr__(load._hooks, "open_source", open_source)
+    load.start()
+    result = results.get(timeout=30)
+    load.cancel()
+    assert isinstance(result, Loaded) and waited == [True]
+    assert_same(bench, "cpu:2", shard)
+
+
+def test_the_clock_of_a_link_stands_while_memory_is_made_ready_and_sources_are_opened(bench):
+    load, results = bench.load("cpu:0", whole(bench), num_movers=1)
+    opened, prepare, seen = load._hooks.open_source, load._destination.prepare, []
+
+    def note(what):
+        seen.append((what, load._queue._links["host"].copying))
+
+    def open_source(name):
+        source = opened(name)
+        read = source.read
+        source.read = lambda *args: (note("read"), read(*args))[1]
+        note("open")
+        return source
+
+    load._destination.prepare = lambda *args: (note("prepare"), prepare(*args))[1]
+    object.__setattr__(load._hooks, "open_source", open_source)
+    load.start()
+    assert isinstance(results.get(timeout=30), Loaded)
+    load.cancel()
+    assert set(seen) == {("prepare", 0), ("open", 0), ("read", 1)}
+
+
 # --------------------------------------------------------------------------------- layers, cancelling, pacing
 
 

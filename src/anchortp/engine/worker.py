@@ -463,23 +463,24 @@ class Worker:
             timeout_s=ANCHOR_TIMEOUT_S,
             open_driver=a.accelerator.open_driver,
         )
-        try:
-            arena = client.open_arena(WEIGHTS_ARENA, self._epoch)
-            client.refresh(arena, self._epoch)
-        except BaseException:
-            client.close()
-            raise
-
-        held = [arena]
+        held: list[Arena] = []
 
         def close() -> None:
             # The mapping goes here, if it is one: nobody has its tensor any more. That waits for the device.
             with a.accelerator.alone:
-                held.pop().close()
+                while held:
+                    held.pop().close()
             client.close()
 
-        buffer = None if isinstance(arena, MemfdArena) else tensor_of(arena)
-        return _arena_source(device, arena, buffer, a.stream, is_gone=client.is_gone, on_close=close)
+        try:
+            arena = client.open_arena(WEIGHTS_ARENA, self._epoch)
+            held.append(arena)
+            client.refresh(arena, self._epoch)
+            buffer = None if isinstance(arena, MemfdArena) else tensor_of(arena)
+            return _arena_source(device, arena, buffer, a.stream, is_gone=client.is_gone, on_close=close)
+        except BaseException:
+            close()
+            raise
 
     def _arrange(self, order: m.ArrangeUnits) -> None:
         """Closes the slots of units that were given up. Nobody computes meanwhile; no copy overwrites a source."""
