@@ -12,7 +12,7 @@ import mmap
 import os
 import struct
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,29 +95,40 @@ class Checkpoint:
         assert out.shape[0] == num_units * tensor.rows, out.shape
         self.read_rows(tensor, copy, first_unit, 0, out)
 
-    def read_rows(self, tensor: UnitTensor, copy: int, first_unit: int, first_row: int, out: Tensor) -> None:
+    def read_rows(
+        self,
+        tensor: UnitTensor,
+        copy: int,
+        first_unit: int,
+        first_row: int,
+        out: Tensor,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         """Copies rows of one copy of `tensor` into `out`, from row `first_row` of unit `first_unit` on.
 
         `out`: `[rows, hidden]` of the model's dtype, contiguous, over any number of units. In each unit its parts
         are stacked (kv: rows of k, then of v; gate_up: rows of gate, then of up), columns become rows, and what
         lies beyond the end of the checkpoint's tensor becomes zeros. Rows of a tensor in panels (`layout.units`) must
-        be whole panels.
+        be whole panels. `check` is called now and then, and may raise.
 
         Raises CheckpointError when the file has become shorter, OSError when it cannot be read.
         """
         assert out.is_contiguous() and out.shape[1] == self.units.config.hidden_size, out.shape
         if not self.units.in_panels(tensor):
-            self._read_plain(tensor, copy, first_unit, first_row, out)
+            self._read_plain(tensor, copy, first_unit, first_row, out, check)
             return
         assert first_row % PANEL_ROWS == 0 and out.shape[0] % PANEL_ROWS == 0, (first_row, out.shape)
         plain = out.new_empty(PANELS_AT_ONCE * PANEL_ROWS, out.shape[1])
         for start in range(0, out.shape[0], plain.shape[0]):
             panels = out[start : start + plain.shape[0]]
             rows = plain[: panels.shape[0]]
-            self._read_plain(tensor, copy, first_unit, first_row + start, rows)
+            self._read_plain(tensor, copy, first_unit, first_row + start, rows, check)
             _to_panels(rows, panels)
 
-    def _read_plain(self, tensor: UnitTensor, copy: int, first_unit: int, first_row: int, out: Tensor) -> None:
+    def _read_plain(
+        self, tensor: UnitTensor, copy: int, first_unit: int, first_row: int, out: Tensor, check: Callable[[], None]
+    ) -> None:
+        check()
         pending: dict[str, list[_Stretch]] = {}
         for stretch in self._stretches(tensor, copy, first_unit, first_row, out.shape[0]):
             shape = self._places[stretch.name].shape
@@ -135,7 +146,7 @@ class Checkpoint:
             for x in stretches:
                 rows = out[x.row : x.row + x.count]
                 if x.axis == 1:
-                    _transpose(rows, self.tensor(name)[:, x.index : x.index + x.count])
+                    _transpose(rows, self.tensor(name)[:, x.index : x.index + x.count], check)
                 else:
                     rows.copy_(self.tensor(name)[x.index : x.index + x.count])  # it is converted
 
@@ -402,8 +413,9 @@ def _to_panels(plain: Tensor, out: Tensor) -> None:
         panel.copy_(source.t())
 
 
-def _transpose(out: Tensor, source: Tensor) -> None:
+def _transpose(out: Tensor, source: Tensor, check: Callable[[], None] = lambda: None) -> None:
     """`out` `[columns, rows]` = `source` `[rows, columns]` transposed, converted to out's dtype."""
     for start in range(0, out.shape[0], STRIP_COLUMNS):
+        check()
         strip = source[:, start : start + STRIP_COLUMNS].contiguous().to(out.dtype)
         out[start : start + STRIP_COLUMNS].copy_(strip.t())

@@ -73,9 +73,9 @@ class PackedWeights:
         self._looked_s = -math.inf  # when the file was last found to be as long as it should
         self._mapped = IntervalSet()  # the ranges whose pages are in it
 
-    def read(self, chunk: Chunk, out: Tensor) -> list[int] | None:
+    def read(self, chunk: Chunk, out: Tensor, check: Callable[[], None]) -> list[int] | None:
         """Fills `out` (uint8, the chunk's bytes), if all of them are here and right: then it returns the digests of
-        the chunk's segments."""
+        the chunk's segments. `check` is called now and then, and may raise (neither OSError nor CheckpointError)."""
         numbers = self._numbers(chunk)
         if not (numbers and self._is_whole()):
             return None
@@ -84,7 +84,8 @@ class PackedWeights:
             return None
         start = self._at(chunk.region, chunk.unit) + chunk.first_byte
         try:
-            digests = self._streamed(start, chunk, out) or fill_summed(self._fd, start, chunk, memoryview(out.numpy()))
+            view = memoryview(out.numpy())
+            digests = self._streamed(start, chunk, out) or fill_summed(self._fd, start, chunk, view, check)
         except (CheckpointError, OSError):
             return None
         assert digests is not None, "only whole segments are kept here"
