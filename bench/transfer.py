@@ -169,7 +169,7 @@ class Worker:
         self.arenas = arenas
         self.geometry = Geometry(WeightAddresses(units=units))
         self.stream = Streamer(str(build_kernels(cache_folder() / "kernels")))
-        self.checkpoint = Checkpoint.open(folder, units, self.stream)
+        self.checkpoint = Checkpoint.open(folder, units, stream=self.stream)
         self.buffer = tensor_of(arenas[device])
         self.destination = Destination(arenas[device], self.buffer)
         self.packed: PackedWeights | None = None

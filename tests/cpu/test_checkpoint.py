@@ -27,6 +27,7 @@ from anchortp.layout import (
     initial_layout,
     model_units,
 )
+from anchortp.transfer import checkpoint as checkpoint_module
 from anchortp.transfer.checkpoint import INDEX_NAME, STRIP_COLUMNS, Checkpoint, _transpose
 from anchortp.transfer.fingerprint import fingerprint
 from anchortp.transfer.hub import resolve_model
@@ -321,6 +322,67 @@ def test_fingerprint_tells_weights_apart(tmp_path: Path) -> None:
     assert len(seen) == 5
     with pytest.raises(ConfigError, match="cannot be read"):
         fingerprint(tmp_path / "nowhere", config)
+
+
+def rewritten(folder: Path) -> None:
+    """In place: the bytes are others, and as many."""
+    file = folder / "model.safetensors"
+    status = file.stat()
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+
+
+def replaced(folder: Path) -> None:
+    """Another file under the same name."""
+    rewritten(write(folder / "other", tensors())[0])
+    os.replace(folder / "other" / "model.safetensors", folder / "model.safetensors")
+
+
+def reconfigured(folder: Path) -> None:
+    (folder / "config.json").write_text(json.dumps({**CONFIG, "rope_theta": 5.0}))
+
+
+def joined(folder: Path) -> None:
+    save_file({"another": torch.zeros(1)}, folder / "model-2.safetensors")
+
+
+@pytest.mark.parametrize("change", [rewritten, replaced, reconfigured, joined])
+def test_a_checkpoint_that_was_changed_before_it_is_opened_is_refused(tmp_path: Path, change) -> None:
+    folder, units = write(tmp_path / "m", tensors())
+    expected = fingerprint(folder, units.config)
+    Checkpoint.open(folder, units, expected)
+    change(folder)
+    Checkpoint.open(folder, units)  # it is a good one, but another
+    with pytest.raises(CheckpointError, match=r"was changed since it was first served.*restart with the new weights"):
+        Checkpoint.open(folder, units, expected)
+
+
+def test_a_checkpoint_that_is_replaced_while_it_is_opened_is_refused(tmp_path: Path, monkeypatch) -> None:
+    folder, units = write(tmp_path / "m", tensors())
+    expected = fingerprint(folder, units.config)
+    opened = checkpoint_module._open_files
+
+    def change_too(folder: Path):
+        replaced(folder)
+        return opened(folder)
+
+    monkeypatch.setattr(checkpoint_module, "_open_files", change_too)
+    with pytest.raises(CheckpointError, match="was changed"):
+        Checkpoint.open(folder, units, expected)
+
+
+def test_an_open_checkpoint_stays_what_it_is_when_another_takes_its_name(tmp_path: Path) -> None:
+    folder, units = write(tmp_path / "m", tensors())
+    checkpoint = Checkpoint.open(folder, units, fingerprint(folder, units.config))
+    before = checkpoint.tensor(Q_PROJ).clone()
+    replaced(folder)
+    checkpoint.check_unchanged()
+    (q,) = [tensor for tensor in units.tensors if tensor.key == "q"]
+    out = torch.empty(Q_HEADS * HEAD_DIM, HIDDEN)
+    checkpoint.read(q, 1, 0, Q_HEADS, out)
+    assert torch.equal(out, before)
 
 
 def test_resolve_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,8 @@ from anchortp.errors import GroupAborted
 from anchortp.layout import FAMILIES, empty_shard, initial_layout
 from anchortp.model import ForwardBatch
 from anchortp.native import build_kernels
+from anchortp.transfer import checkpoint, checksum, executor, sources, work
 from anchortp.transfer import queue as transfer_queue
-from anchortp.transfer import work
 from anchortp.transfer.checksum import sum_key
 from anchortp.transfer.executor import Loaded
 from anchortp.transfer.faulty import Fault
@@ -253,30 +253,76 @@ def flip_last_byte(folder):
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + 1_000_000))
 
 
-def test_a_source_that_never_returns_ends_the_load_and_is_reported(bench, monkeypatch):
+@pytest.fixture
+def by_descriptor(folder, monkeypatch):
+    """Several reads of the kernel to a chunk, of peers too."""
+    monkeypatch.setattr(sources, "PIECE_BYTES", 2048)
+    monkeypatch.setattr(checksum, "PIECE_BYTES", 2048)
+    bench = Bench(folder)
+    yield bench
+    bench.close()
+
+
+@pytest.mark.parametrize("source", [HOST, "cpu:1"])
+def test_a_read_that_takes_too_long_is_left_after_the_piece_and_tried_again(by_descriptor, monkeypatch, source):
+    """The first piece takes until the load has lost its patience; those of the next try do not."""
+    bench, shard = by_descriptor, whole(by_descriptor)
+    bench.fill("cpu:1", shard)
+    moves = [] if source == HOST else moves_from(bench, "cpu:2", shard, {"cpu:1": shard})
+    load, results = bench.load("cpu:2", shard, moves=moves)
+    place = checkpoint if source == HOST else checksum
+    read, turn, asked = place.fill, threading.Lock(), []
+
+    def slow_once(*args):
+        with turn:
+            is_first, deadline_s = not asked, time.monotonic() + 20.0
+            while is_first and not asked and time.monotonic() < deadline_s:
+                asked.extend(key for key, stop in list(load._stops.items()) if stop.asked_s is not None)
+        read(*args)
+
+    monkeypatch.setattr(place, "fill", slow_once)
+    load.start()
+    result = results.get(timeout=30)
+    load.cancel()
+    assert isinstance(result, Loaded) and result.rerouted == ()
+    assert asked and set(asked) <= {(index, 1) for index, _ in load._queue._tries}
+    assert {name for _, name in load._queue._tries} == {source}
+    assert_same(bench, "cpu:2", shard)
+
+
+def test_a_source_that_never_returns_ends_the_load_and_is_reported(by_descriptor, monkeypatch):
     """A read that the kernel does not give back: nobody can write these bytes safely, so the load is refused."""
-    from anchortp.transfer import executor
-
+    bench, shard = by_descriptor, whole(by_descriptor)
     monkeypatch.setattr(executor, "STUCK_S", 0.3)
-    bench.fill("cpu:1", whole(bench))
+    bench.fill("cpu:1", shard)
     release = threading.Event()
-    load, results = bench.load(
-        "cpu:2", whole(bench), moves=moves_from(bench, "cpu:2", whole(bench), {"cpu:1": whole(bench)})
-    )
-    opened = load._hooks.open_source
-
-    def stuck(name):
-        source = opened(name)
-        if name == "cpu:1":
-            source.read = lambda chunk, out, stopped: release.wait(30) and None
-        return source
-
-    object.__setattr__(load._hooks, "open_source", stuck)
+    monkeypatch.setattr(checksum, "fill", lambda *_: release.wait(30))
+    load, results = bench.load("cpu:2", shard, moves=moves_from(bench, "cpu:2", shard, {"cpu:1": shard}))
     load.start()
     result = results.get(timeout=20)
     assert isinstance(result, Failure) and "hangs" in result.reason and result.device == "cpu:1"
     release.set()
     load.cancel()
+
+
+def test_columns_are_read_a_strip_at_a_time(wide):
+    """Between two of them a load may be told to stop."""
+    (down,) = [tensor for tensor in wide.units.tensors if tensor.key == "down"]
+    out = torch.empty(512, wide.units.config.hidden_size, dtype=torch.bfloat16)
+
+    class Enough(Exception):
+        pass
+
+    checks = iter([None, None, None])
+
+    def check():
+        if next(checks, Enough) is Enough:
+            raise Enough
+
+    out.fill_(7.0)
+    with pytest.raises(Enough):
+        wide.checkpoint.read_rows(down, 0, 0, 0, out, check)
+    assert (out[:256] != 7.0).any(1).all() and (out[256:] == 7.0).all()
 
 
 class BrokenDevice(RuntimeError):
@@ -308,6 +354,68 @@ def test_an_error_of_the_device_is_told_and_ends_the_load(bench, where):
     load.cancel()
     load._queue.validate()
     assert not load.is_whole
+
+
+@pytest.mark.parametrize("where", ["before_chunk", "prepare"])
+def test_an_error_of_our_own_before_a_copy_ends_the_load(bench, where):
+    told: list[Exception] = []
+    hooks = {"on_error": told.append} | ({"before_chunk": broken} if where == "before_chunk" else {})
+    load, results = bench.load("cpu:0", whole(bench), hooks=hooks)
+    if where == "prepare":
+        load._destination.prepare = broken
+    load.start()
+    result = results.get(timeout=20)
+    assert isinstance(result, Failure) and "ECC" in result.reason and result.device == ""
+    assert {type(error) for error in told} == {BrokenDevice}
+    load.cancel()
+    load._queue.validate()
+    assert load._queue.in_flight == 0
+
+
+def test_a_peer_that_is_slow_to_answer_does_not_hold_up_the_host(bench):
+    shard = whole(bench)
+    bench.fill("cpu:1", shard)
+    (move, *_) = moves_from(bench, "cpu:2", shard, {"cpu:1": shard})
+    load, results = bench.load("cpu:2", shard, moves=[move])
+    opened, is_read, waited = load._hooks.open_source, threading.Event(), []
+
+    def open_source(name):
+        source = opened(name)
+        if name == HOST:
+            read = source.read
+            source.read = lambda *args: (read(*args), is_read.set())[0]
+        else:
+            waited.append(is_read.wait(timeout=20))
+        return source
+
+    object.__setattr__(load._hooks, "open_source", open_source)
+    load.start()
+    result = results.get(timeout=30)
+    load.cancel()
+    assert isinstance(result, Loaded) and waited == [True]
+    assert_same(bench, "cpu:2", shard)
+
+
+def test_the_clock_of_a_link_stands_while_memory_is_made_ready_and_sources_are_opened(bench):
+    load, results = bench.load("cpu:0", whole(bench), num_movers=1)
+    opened, prepare, seen = load._hooks.open_source, load._destination.prepare, []
+
+    def note(what):
+        seen.append((what, load._queue._links["host"].copying))
+
+    def open_source(name):
+        source = opened(name)
+        read = source.read
+        source.read = lambda *args: (note("read"), read(*args))[1]
+        note("open")
+        return source
+
+    load._destination.prepare = lambda *args: (note("prepare"), prepare(*args))[1]
+    object.__setattr__(load._hooks, "open_source", open_source)
+    load.start()
+    assert isinstance(results.get(timeout=30), Loaded)
+    load.cancel()
+    assert set(seen) == {("prepare", 0), ("open", 0), ("read", 1)}
 
 
 # --------------------------------------------------------------------------------- layers, cancelling, pacing

@@ -297,6 +297,31 @@ def test_the_mapping_of_a_source_goes_as_it_is_closed_and_not_during_a_capture(m
     pool.close()
 
 
+@pytest.mark.parametrize("step", ["open_arena", "refresh", "PeerSource"])
+def test_a_source_that_cannot_be_opened_leaves_nothing_open(monkeypatch, step):
+    def fail(*_, **__):
+        raise OSError(step)
+
+    closed, arena = [], MemfdArena.create("weights", 4096)
+    client = SimpleNamespace(
+        open_arena=lambda name, epoch: arena,
+        refresh=lambda *_: None,
+        is_gone=lambda: False,
+        close=lambda: closed.append("client"),
+    )
+    monkeypatch.setattr(MemfdArena, "close", lambda arena: closed.append("arena"))
+    monkeypatch.setattr(*((worker_module, step) if step == "PeerSource" else (client, step)), fail)
+    monkeypatch.setattr(worker_module.AnchorClient, "connect", lambda *_, **__: client)
+    worker, _ = worker_of(Anchor())
+    worker._assignment.order = SimpleNamespace(runtime_dir="/nowhere")
+    with pytest.raises(OSError, match=step):
+        worker._source("cpu:1")
+    assert closed == (["client"] if step == "open_arena" else ["arena", "client"])
+    assert not worker._assignment.accelerator.alone.locked()
+    monkeypatch.undo()
+    arena.close()
+
+
 def test_a_worker_that_forgets_its_arenas_frees_what_was_captured_over_them():
     closed = []
     worker, _ = worker_of(Anchor())

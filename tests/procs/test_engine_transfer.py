@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from anchortp.config import load_model_config, reads_panels
-from anchortp.engine.faults import Strike
+from anchortp.engine.api import DeviceChange
+from anchortp.engine.faults import Strike, fired_strikes
 from anchortp.layout import FAMILIES, WeightAddresses, model_units
 from anchortp.state.client import AnchorClient
 from anchortp.transfer.checkpoint import Checkpoint
@@ -18,6 +19,7 @@ from anchortp.transfer.loader import load_units
 from anchortp.transfer.packed import PackedWeights
 from anchortp.transfer.work import Geometry
 from tests.procs.engine_tools import running_engine
+from tests.procs.test_engine_changes import change
 from tests.tiny_model import write_model
 
 DEADLINE_S = 60.0
@@ -28,7 +30,7 @@ def folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("llama") / "model")
 
 
-@pytest.mark.parametrize("kind", ["error", "corrupt", "short", "slow"])
+@pytest.mark.parametrize("kind", ["error", "corrupt", "short", "slow", "gone"])
 def test_the_host_fails_once_in_a_recovery(folder, kind):
     """The bytes are read again; streams go on with the right tokens."""
     with running_engine(folder, 3) as driver:
@@ -42,6 +44,69 @@ def test_the_host_fails_once_in_a_recovery(folder, kind):
         for stream in streams:
             stream.check()
         driver.check_fired()
+
+
+def test_a_peer_fails_in_every_way_while_a_device_joins(folder):
+    """Once: the bytes are read again. For good: they come from the host. Streams go on."""
+    kinds = ("error", "corrupt", "short", "slow", "hang", "gone")
+    with running_engine(folder, 3) as driver:
+        for kind in kinds:
+            times = 10**6 if kind in ("error", "corrupt", "short") else 1
+            driver.arm(Strike(device="cpu:3", point="read", source="cpu:0", kind=kind, at_byte=3000, times=times))
+            streams = driver.speak(2, 60)
+            (joined,) = change(driver, add=("cpu:3",))
+            assert joined["outcome"] == "serving", (kind, joined)
+            told = [line["text"] for line in joined["timeline"]]
+            assert any("came from the host" in text for text in told) == (times > 1 or kind == "gone"), (kind, told)
+            driver.check_fired()
+            streams += driver.speak(2, 20)  # with what has come
+            for stream in streams:
+                stream.check()
+            (left,) = change(driver, remove=("cpu:3",))
+            assert left["outcome"] == "serving"
+
+
+def test_a_peer_dies_in_the_middle_of_a_copy_while_a_device_joins(folder):
+    with running_engine(folder, 3) as driver:
+        driver.arm(Strike(device="cpu:3", point="read", source="cpu:0", kind="hang", at_byte=3000))
+        streams = driver.speak(2, 300)
+        change_id = driver.engine.change_devices(DeviceChange(add=("cpu:3",)))
+        driver.check_fired()  # the copy hangs now, for two seconds
+        driver.inject("cpu:0", "lost")
+        for stream in streams:
+            stream.check()
+        driver.wait(lambda: "cpu:0" not in driver.engine.status()["devices"], "the loss")
+        driver.wait(lambda: len(tries_of(driver, change_id)) > 1, "another try")
+        driver.wait(lambda: tries_of(driver, change_id)[-1]["outcome"] == "serving", "the change")
+        assert sorted(driver.engine.status()["devices"]) == ["cpu:1", "cpu:2", "cpu:3"]
+        driver.speak(1, 20)[0].check()
+
+
+def tries_of(driver, change_id):
+    return [e for e in driver.engine.status()["changes"] if e["change_id"] == change_id]
+
+
+@pytest.mark.parametrize("kind", ["corrupt", "gone", "slow"])
+def test_peers_fail_in_a_recovery_that_copies_from_them(folder, kind):
+    """Contiguous intervals move from survivor to survivor after a loss."""
+    survivors = ("cpu:1", "cpu:2", "cpu:3")
+    strikes = [
+        Strike(device=device, point="read", source=source, kind=kind, at_byte=3000)
+        for device in survivors
+        for source in survivors
+        if source != device
+    ]
+    with running_engine(folder, 4, tuple(strikes), plan_policy="cmm") as driver:
+        streams = driver.speak(3, 100)
+        driver.inject("cpu:0", "lost")
+        for stream in streams:
+            stream.check()
+        lost = driver.wait_recovered(2)[1]
+        fired = {line["strike"] for line in fired_strikes(driver.runtime_dir)}
+        assert fired and fired <= {strike.key for strike in strikes}
+        if kind == "slow":
+            assert lost["bytes"]["copied"] > 0
+        driver.speak(1, 20)[0].check()
 
 
 def test_weights_are_packed_while_serving_and_read_in_a_recovery(folder, tmp_path):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from anchortp.config import ModelConfig
 from anchortp.engine.api import SampledToken
 from anchortp.engine.faults import Strike
 from anchortp.engine.scheduler import Batch
@@ -23,6 +24,10 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class Assign(_Message):
     """Become the worker of `device`: connect to its anchor and take the lease. -> WorkerAttached
 
+    `fingerprint`: of the weights that the arenas are to hold (`transfer.fingerprint`). What `model_folder` has on disk
+    may be another model by now: `model` is what the engine started with, and a checkpoint of another fingerprint is
+    refused when it is opened.
+
     `packed_folder`: where weights are kept as arenas hold them (`transfer.packed`); "": nowhere. `graphs`:
     capture decode steps, on GPUs. `attention`: "torch" or "flashinfer". `kernels`: the library of our own, "": torch's.
     """
@@ -31,9 +36,8 @@ class Assign(_Message):
     epoch: int
     runtime_dir: str
     model_folder: str
-    dtype: str
-    panels: bool
-    expert_cut: str
+    model: ModelConfig
+    fingerprint: str
     max_model_len: int
     max_batch_tokens: int
     kv_block_size: int

@@ -15,7 +15,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -23,7 +23,6 @@ import torch
 
 from anchortp.arena import IntervalSet, MemfdArena, PinnedMapping
 from anchortp.comm import Group, ShmRegion
-from anchortp.config import load_model_config
 from anchortp.devices import Device, parse_device
 from anchortp.engine import messages as m
 from anchortp.engine.accelerator import GROUPS, Accelerator
@@ -75,7 +74,7 @@ from anchortp.transfer.checkpoint import Checkpoint
 from anchortp.transfer.device import DeviceDestination, MappedSource, StagedSource
 from anchortp.transfer.executor import Hooks, Load, Loaded, Progress
 from anchortp.transfer.faulty import Fault, FaultySource
-from anchortp.transfer.fingerprint import fingerprint
+from anchortp.transfer.fingerprint import torch_version
 from anchortp.transfer.idle import IdleWork, huge_pages
 from anchortp.transfer.packed import PackedWeights, open_packed, pack
 from anchortp.transfer.queue import Failure
@@ -127,6 +126,7 @@ def _warm_up_gpu(index: int) -> None:
 def warm_up() -> None:
     """[zygote] Touches what the first step would otherwise pay for: kernels, and torch's lazy tables."""
     panels.warm_up()
+    torch_version()
     _touch_kernels()
 
 
@@ -240,8 +240,7 @@ class Worker:
 
     def _attach(self, order: m.Assign) -> None:
         torch.set_num_threads(order.num_threads)
-        # One Hugging Face folder, several ways to serve it: the order says what the arenas hold.
-        config = replace(load_model_config(order.model_folder, order.dtype, order.expert_cut), panels=order.panels)
+        config = order.model
         units = model_units(config)
         device = parse_device(order.device)
         anchor = self._anchor = _connect_anchor(order)
@@ -271,9 +270,7 @@ class Worker:
             order=order,
         )
         if order.packed_folder:
-            plain = replace(config, panels=False)  # columns are the same in both
-            name = f"{fingerprint(order.model_folder, plain)}-{config.expert_cut}"
-            self._packed = open_packed(Path(order.packed_folder, name), self._assignment.geometry)
+            self._packed = open_packed(Path(order.packed_folder, order.fingerprint), self._assignment.geometry)
         probe.at("attach")
         self._send(m.WorkerAttached(device=order.device, epoch=order.epoch))
 
@@ -441,7 +438,7 @@ class Worker:
         if name == HOST_SOURCE:
             if self._checkpoint is None:
                 check_weights(a.units)
-                self._checkpoint = Checkpoint.open(Path(a.order.model_folder), a.units, a.stream)
+                self._checkpoint = Checkpoint.open(a.order.model_folder, a.units, a.order.fingerprint, a.stream)
             source: Source = HostSource(self._checkpoint, self._packed)
             if a.accelerator.open_driver is not None:
                 source = StagedSource(source)
@@ -466,23 +463,24 @@ class Worker:
             timeout_s=ANCHOR_TIMEOUT_S,
             open_driver=a.accelerator.open_driver,
         )
-        try:
-            arena = client.open_arena(WEIGHTS_ARENA, self._epoch)
-            client.refresh(arena, self._epoch)
-        except BaseException:
-            client.close()
-            raise
-
-        held = [arena]
+        held: list[Arena] = []
 
         def close() -> None:
             # The mapping goes here, if it is one: nobody has its tensor any more. That waits for the device.
             with a.accelerator.alone:
-                held.pop().close()
+                while held:
+                    held.pop().close()
             client.close()
 
-        buffer = None if isinstance(arena, MemfdArena) else tensor_of(arena)
-        return _arena_source(device, arena, buffer, a.stream, is_gone=client.is_gone, on_close=close)
+        try:
+            arena = client.open_arena(WEIGHTS_ARENA, self._epoch)
+            held.append(arena)
+            client.refresh(arena, self._epoch)
+            buffer = None if isinstance(arena, MemfdArena) else tensor_of(arena)
+            return _arena_source(device, arena, buffer, a.stream, is_gone=client.is_gone, on_close=close)
+        except BaseException:
+            close()
+            raise
 
     def _arrange(self, order: m.ArrangeUnits) -> None:
         """Closes the slots of units that were given up. Nobody computes meanwhile; no copy overwrites a source."""

@@ -401,10 +401,11 @@ class Coordinator:
         order = self._orders.pop(event.ticket, None)
         if order is None:
             return
+        change = self._change if self._change is not None and self._change.step == ch.LOADING else None
         for text in event.rerouted:
-            self._say(f"{event.device}: {text}")
+            self._say(f"{event.device}: {text}", change.episode if change is not None else None)
         self.rates = self.rates.fold(event.device, {source: (size, rate) for source, size, rate in event.links})
-        if self._change is not None and self._change.step == ch.LOADING:
+        if change is not None:
             self._loaded_behind(event)
             return
         device, episode = self._devices[order.device], self._recovery

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import json
+import mmap
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from anchortp.arena import IntervalSet
 from anchortp.arena.pages import pages_to_read
 from anchortp.errors import CheckpointError
 from anchortp.layout import EXPERT, PANEL_ROWS, ModelUnits, ReplicatedTensor, UnitTensor
 from anchortp.transfer.experts import fused_place
-from anchortp.transfer.fingerprint import weight_files
+from anchortp.transfer.fingerprint import fingerprint, weight_files
 from anchortp.transfer.streamed import Streamer
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -31,6 +34,12 @@ STORED_DTYPES = tuple(TORCH_DTYPES)
 INDEX_NAME = "model.safetensors.index.json"
 
 _MAX_IOVECS = 1024  # IOV_MAX of Linux
+
+# What one call asks the disk for. Of a larger range the kernel reads no more than the device's read-ahead
+# (`read_ahead_kb`), of which this is the usual size, and forgets the rest.
+ASK_BYTES = 128 << 10
+LOOK_BYTES = 1 << 20  # whether so many bytes are cached is told by one in the middle
+NUM_LOOKS = 8  # of a larger range, and if they find all of it cached the rest is believed to be
 
 # Columns transposed at a time. torch's blocked transpose wants a dense source and one that stays in the L2
 # cache; on one thread this ran at 3 to 5 GB/s, against 0.4 to 2.5 GB/s for a plain copy of a transposed view.
@@ -52,15 +61,26 @@ class Checkpoint:
         self._views: dict[str, Tensor] = {}
 
     @classmethod
-    def open(cls, folder: str | Path, units: ModelUnits, stream: Streamer | None = None) -> Checkpoint:
+    def open(
+        cls, folder: str | Path, units: ModelUnits, expected: str | None = None, stream: Streamer | None = None
+    ) -> Checkpoint:
         """Maps the weight files and checks every tensor that `units` needs: there, of the right shape, of a
         dtype that can be converted. Tensors that are not needed (a tied lm_head) are ignored. Experts may come
         one by one or fused (`transfer.experts`). `stream`: what rearranges weights; else torch does, at a quarter to
         a half of the speed.
 
+        `expected`: the folder's fingerprint (`transfer.fingerprint`) as it was when its weights were first served.
+        What has changed since is refused, however well it would fit.
+
         Raises CheckpointError, which names the file and the tensor, what was expected and what was found.
         """
         files = _open_files(Path(folder))
+        # Not before: a file that is replaced in between would pass.
+        if expected is not None and fingerprint(folder, units.config) != expected:
+            raise CheckpointError(
+                f"the checkpoint in {folder} was changed since it was first served. Restore its files, with their "
+                f"times, or restart with the new weights."
+            )
         places = {}
         for name, shape in units.stored_tensors():
             place = _find(files, units, name, shape)
@@ -83,29 +103,40 @@ class Checkpoint:
         assert out.shape[0] == num_units * tensor.rows, out.shape
         self.read_rows(tensor, copy, first_unit, 0, out)
 
-    def read_rows(self, tensor: UnitTensor, copy: int, first_unit: int, first_row: int, out: Tensor) -> None:
+    def read_rows(
+        self,
+        tensor: UnitTensor,
+        copy: int,
+        first_unit: int,
+        first_row: int,
+        out: Tensor,
+        check: Callable[[], None] = lambda: None,
+    ) -> None:
         """Copies rows of one copy of `tensor` into `out`, from row `first_row` of unit `first_unit` on.
 
         `out`: `[rows, hidden]` of the model's dtype, contiguous, over any number of units. In each unit its parts
         are stacked (kv: rows of k, then of v; gate_up: rows of gate, then of up), columns become rows, and what
         lies beyond the end of the checkpoint's tensor becomes zeros. Rows of a tensor in panels (`layout.units`) must
-        be whole panels.
+        be whole panels. `check` is called now and then, and may raise.
 
         Raises CheckpointError when the file has become shorter, OSError when it cannot be read.
         """
         assert out.is_contiguous() and out.shape[1] == self.units.config.hidden_size, out.shape
         if not self.units.in_panels(tensor):
-            self._read_plain(tensor, copy, first_unit, first_row, out)
+            self._read_plain(tensor, copy, first_unit, first_row, out, check)
             return
         assert first_row % PANEL_ROWS == 0 and out.shape[0] % PANEL_ROWS == 0, (first_row, out.shape)
         plain = out.new_empty(PANELS_AT_ONCE * PANEL_ROWS, out.shape[1])
         for start in range(0, out.shape[0], plain.shape[0]):
             panels = out[start : start + plain.shape[0]]
             rows = plain[: panels.shape[0]]
-            self._read_plain(tensor, copy, first_unit, first_row + start, rows)
+            self._read_plain(tensor, copy, first_unit, first_row + start, rows, check)
             (self._stream.panels if self._stream else _to_panels)(rows, panels)
 
-    def _read_plain(self, tensor: UnitTensor, copy: int, first_unit: int, first_row: int, out: Tensor) -> None:
+    def _read_plain(
+        self, tensor: UnitTensor, copy: int, first_unit: int, first_row: int, out: Tensor, check: Callable[[], None]
+    ) -> None:
+        check()
         pending: dict[str, list[_Stretch]] = {}
         for stretch in self._stretches(tensor, copy, first_unit, first_row, out.shape[0]):
             shape = self._places[stretch.name].shape
@@ -125,7 +156,7 @@ class Checkpoint:
                 if x.axis == 1:
                     columns = self.tensor(name)[:, x.index : x.index + x.count]
                     if self._stream is None or not self._stream.columns(columns, rows):
-                        _transpose(rows, columns)
+                        _transpose(rows, columns, check)
                 else:
                     rows.copy_(self.tensor(name)[x.index : x.index + x.count])  # it is converted
 
@@ -138,13 +169,14 @@ class Checkpoint:
     def prefetch(self, tensor: UnitTensor, copy: int, first_unit: int, first_row: int, num_rows: int) -> None:
         """Asks the system to read those rows from disk soon, where they are not in the page cache. Of a tensor that
         is cut along its columns that means all of it: each of its pages holds a few bytes of every unit."""
-        stretches = list(self._stretches(tensor, copy, first_unit, first_row, num_rows))
-        if not all(
-            self._places[x.name].is_cached(x.index if x.axis == 0 else 0) for x in (stretches[0], stretches[-1])
-        ):
-            for stretch in stretches:
-                place = self._places[stretch.name]
-                place.prefetch(*((stretch.index, stretch.count) if stretch.axis == 0 else (0, place.shape[0])))
+        spans: dict[int, IntervalSet] = defaultdict(IntervalSet)  # by descriptor
+        for x in self._stretches(tensor, copy, first_unit, first_row, num_rows):
+            place = self._places[x.name]
+            start, stop = place.span(x.index, x.count) if x.axis == 0 else place.span(0, place.shape[0])
+            spans[place.file.fd].add(start, stop)
+        for fd, ranges in spans.items():
+            for start, stop in ranges:
+                ask_ahead(fd, start, stop)
 
     def map_ahead(self) -> Iterator[None]:
         """Maps the pages of tensors that are cut along their columns, some at each step, where they are in the page
@@ -163,7 +195,7 @@ class Checkpoint:
         rows = max(1, MAP_BYTES // (stored.stride(0) * stored.itemsize))
         for first in range(0, stored.shape[0], rows):
             part = stored[first : first + rows]
-            if place.is_cached(first) and not pages_to_read(part.data_ptr(), part.nbytes):
+            if is_cached(place.file.fd, place.span(first, 1)[0]) and not pages_to_read(part.data_ptr(), part.nbytes):
                 return
             yield
 
@@ -305,13 +337,10 @@ class _Place:
         fill(self.file.fd, start, [view[x.row * row_bytes : (x.row + x.count) * row_bytes] for x in stretches])
         return True
 
-    def is_cached(self, row: int) -> bool:
-        return is_cached(self.file.fd, self._row_at(min(row, self.shape[0] - 1))[1])
-
-    def prefetch(self, first_row: int, num_rows: int) -> None:
-        start, stop = self._row_at(first_row)[1], self._row_at(min(first_row + num_rows, self.shape[0]))[1]
-        if start < stop:
-            os.posix_fadvise(self.file.fd, start, stop - start, os.POSIX_FADV_WILLNEED)
+    def span(self, first_row: int, num_rows: int) -> tuple[int, int]:
+        """Where rows are, as far as there are so many: the first byte in the file, and the one after the last."""
+        start, stop = (self._row_at(min(row, self.shape[0]))[1] for row in (first_row, first_row + num_rows))
+        return start, stop
 
     def _row_at(self, row: int) -> tuple[torch.dtype, int]:
         dtype, start = self.file.where(self.name)
@@ -385,6 +414,27 @@ def is_cached(fd: int, at: int) -> bool:
         raise
 
 
+def ask_ahead(fd: int, start: int, stop: int) -> None:
+    """Asks the system to read bytes `[start, stop)` of a file from disk soon, where they are not in the page cache."""
+    pieces = range(start & -mmap.PAGESIZE, stop, LOOK_BYTES)
+    first_looks = pieces[:: max(1, len(pieces) // NUM_LOOKS)]
+    if any([_ask_for_piece(fd, at, stop) for at in first_looks]):
+        for at in pieces:
+            if at not in first_looks:
+                _ask_for_piece(fd, at, stop)
+
+
+def _ask_for_piece(fd: int, start: int, stop: int) -> bool:
+    """Whether the piece of a range that begins at `start` was not there. To look makes the kernel read some pages, so
+    nobody looks twice: it would be taken for all of the piece."""
+    stop = min(start + LOOK_BYTES, stop)
+    if is_cached(fd, (start + stop) // 2):
+        return False
+    for at in range(start, stop, ASK_BYTES):
+        os.posix_fadvise(fd, at, min(ASK_BYTES, stop - at), os.POSIX_FADV_WILLNEED)
+    return True
+
+
 def _to_panels(plain: Tensor, out: Tensor) -> None:
     """Writes `plain` `[rows, hidden]`, bfloat16, into `out`, of the same shape, in panels (`layout.units`)."""
     num_pairs = plain.shape[1] // 2
@@ -394,8 +444,9 @@ def _to_panels(plain: Tensor, out: Tensor) -> None:
         panel.copy_(source.t())
 
 
-def _transpose(out: Tensor, source: Tensor) -> None:
+def _transpose(out: Tensor, source: Tensor, check: Callable[[], None] = lambda: None) -> None:
     """`out` `[columns, rows]` = `source` `[rows, columns]` transposed, converted to out's dtype."""
     for start in range(0, out.shape[0], STRIP_COLUMNS):
+        check()
         strip = source[:, start : start + STRIP_COLUMNS].contiguous().to(out.dtype)
         out[start : start + STRIP_COLUMNS].copy_(strip.t())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import xxhash
 
@@ -31,11 +31,13 @@ def digest(data: memoryview) -> int:
     return xxhash.xxh3_64_intdigest(data) or 1
 
 
-def fill_summed(fd: int, start: int, chunk: Chunk, view: memoryview) -> list[int] | None:
+def fill_summed(fd: int, start: int, chunk: Chunk, view: memoryview, check: Callable[[], None]) -> list[int] | None:
     """Fills `view` (the chunk's bytes) from `start` of a file on. Returns the digests of its segments, taken on the
-    way; None if it is a part of one. Raises CheckpointError if the file ends."""
+    way; None if it is a part of one. `check` is called before each piece, and may raise. Raises CheckpointError if the
+    file ends."""
     digests = []
     for piece in chunk.pieces(PIECE_BYTES):
+        check()
         first, last = piece[0].start - chunk.start, piece[-1].stop - chunk.start
         fill(fd, start + first, [view[first:last]])
         digests += [digest(view[s.start - chunk.start : s.stop - chunk.start]) for s in piece]

@@ -102,7 +102,8 @@ class Load:
         self._over = threading.Condition(lock)  # for the watcher: the end is near
         self._stops: dict[tuple[int, int], _Stop] = {}  # by flight
         self._sources: dict[str, Source] = {}
-        self._opening = threading.Lock()
+        # One each: while a peer does not answer, others are opened.
+        self._opening = {name: threading.Lock() for name in (HOST, *(chunk.source for chunk in chunks))}
         self._cancelled = False
         self._num_asked = self._asked_bytes = 0  # chunks that the disk was asked for ahead of their time
         self._movers: list[threading.Thread] = []
@@ -275,12 +276,17 @@ class Load:
         try:
             self._hooks.before_chunk()
             self._destination.prepare(chunk.start, chunk.stop)
-        except (OSError, AnchorTPError) as error:
+        except Exception as error:  # whatever it is, no other source is of any help
             self._hooks.on_error(error)
-            self._failed(flight, str(error), fatal=True)
+            is_theirs = isinstance(error, OSError | AnchorTPError)
+            if not is_theirs:
+                traceback.print_exc()
+            self._failed(flight, str(error) if is_theirs else f"{chunk}: {error!r}", fatal=True)
             return
         try:
             source = self._source(flight.source)
+            with self._changed:
+                self._queue.begin(flight, time.monotonic())
             if flight.source == HOST:
                 self._prefetch(source)
             out = self._destination.tensor(chunk.start, chunk.stop)
@@ -352,8 +358,8 @@ class Load:
 
     def _source(self, name: str) -> Source:
         if (source := self._sources.get(name)) is not None:
-            return source  # while another thread may wait for one that does not answer
-        with self._opening:
+            return source
+        with self._opening[name]:
             if name not in self._sources:
                 self._sources[name] = self._hooks.open_source(name)
             return self._sources[name]

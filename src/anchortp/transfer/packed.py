@@ -6,7 +6,7 @@ transposed. Weights that lie in panels (`layout.units`) have to be rearranged as
 contiguous and as the arena wants it. Workers fill the file from their arenas when they have nothing better to do, and
 every later load, of any layout, reads from it; what is not there is read from the checkpoint. Tensors that are the
 same in both are left out. It takes a third of the model's size on disk, with panels all of it, and can be deleted at
-any time.
+any time. It has the fingerprint of what the arenas hold for a name, whatever lies in the model's folder by now.
 
 The file ends with the xxh3_64 of every segment (`transfer.work`), 0 where there is none. It is written after its
 segment, and believed only if the segment adds up to it: processes share the file without locks, and a segment that
@@ -31,7 +31,7 @@ from anchortp.arena.intervals import Range
 from anchortp.arena.pages import MappedPages
 from anchortp.errors import CheckpointError
 from anchortp.layout import ModelUnits, ReplicatedTensor, Shard
-from anchortp.transfer.checkpoint import is_cached
+from anchortp.transfer.checkpoint import ask_ahead, is_cached
 from anchortp.transfer.checksum import digest, fill_summed
 from anchortp.transfer.streamed import Streamer
 from anchortp.transfer.work import Chunk, Geometry, Region
@@ -73,9 +73,9 @@ class PackedWeights:
         self._looked_s = -math.inf  # when the file was last found to be as long as it should
         self._mapped = IntervalSet()  # the ranges whose pages are in it
 
-    def read(self, chunk: Chunk, out: Tensor) -> list[int] | None:
+    def read(self, chunk: Chunk, out: Tensor, check: Callable[[], None]) -> list[int] | None:
         """Fills `out` (uint8, the chunk's bytes), if all of them are here and right: then it returns the digests of
-        the chunk's segments."""
+        the chunk's segments. `check` is called now and then, and may raise (neither OSError nor CheckpointError)."""
         numbers = self._numbers(chunk)
         if not (numbers and self._is_whole()):
             return None
@@ -84,7 +84,8 @@ class PackedWeights:
             return None
         start = self._at(chunk.region, chunk.unit) + chunk.first_byte
         try:
-            digests = self._streamed(start, chunk, out) or fill_summed(self._fd, start, chunk, memoryview(out.numpy()))
+            view = memoryview(out.numpy())
+            digests = self._streamed(start, chunk, out) or fill_summed(self._fd, start, chunk, view, check)
         except (CheckpointError, OSError):
             return None
         assert digests is not None, "only whole segments are kept here"
@@ -152,8 +153,7 @@ class PackedWeights:
             return True
         if not self._is_whole() or 0 in self._table[numbers.start : numbers.stop]:
             return False
-        if not is_cached(self._fd, start):
-            os.posix_fadvise(self._fd, start, chunk.num_bytes, os.POSIX_FADV_WILLNEED)
+        ask_ahead(self._fd, start, start + chunk.num_bytes)
         return True
 
     def write(self, region: Region, unit: int, index: int, data: memoryview) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 
 from anchortp.transfer.work import HOST, Chunk
@@ -36,15 +36,19 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flight:
-    """A chunk that someone copies now: the `index`-th chunk of the load, on its `attempt`-th go."""
+    """A chunk that someone copies now: the `index`-th chunk of the load, on its `attempt`-th go.
+
+    `began_s`: when its bytes began to move, None while whoever copies it gets ready. `deadline_s`: when it has taken
+    too long, with all that comes before the copy or, once that has begun, by the copy alone.
+    """
 
     index: int
     chunk: Chunk
     source: str
     link: str
     attempt: int
-    began_s: float
     deadline_s: float
+    began_s: float | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -63,6 +67,7 @@ class Failure:
 class _Link:
     waiting: list[tuple[int, str]] = field(default_factory=list)  # heap of (index, source)
     in_flight: int = 0
+    copying: int = 0  # of those in flight
     busy_since_s: float = 0.0
     busy_s: float = 0.0
     num_bytes: int = 0
@@ -74,8 +79,16 @@ class _Link:
         return self.prior_bytes_per_s if busy_s < MIN_MEASURED_S else self.num_bytes / busy_s
 
     def busy(self, now_s: float) -> float:
-        """Seconds in which something was in flight."""
-        return self.busy_s + (now_s - self.busy_since_s if self.in_flight else 0.0)
+        """Seconds in which bytes moved."""
+        return self.busy_s + (now_s - self.busy_since_s if self.copying else 0.0)
+
+    def is_slower_than(self, bytes_per_s: float, now_s: float) -> bool:
+        """Whether this load has shown it, in enough time or (by one chunk at least) as it was before: a link that was
+        slow once is looked at again in every load."""
+        if not self.num_bytes or self.num_bytes >= bytes_per_s * self.busy(now_s):
+            return False
+        is_known = self.prior_bytes_per_s is not None and self.prior_bytes_per_s < bytes_per_s
+        return is_known or self.busy(now_s) >= MIN_MEASURED_S
 
 
 class TransferQueue:
@@ -134,11 +147,22 @@ class TransferQueue:
             ):
                 return None
             heappop(link.waiting)
-            return self._begin(index, source, name, now_s)
+            return self._take(index, source, name, now_s)
         return None
 
+    def begin(self, flight: Flight, now_s: float) -> None:
+        """The bytes begin to move; what came before (memory for them, a source to be opened) says nothing about the
+        link."""
+        link = self._links[flight.link]
+        if link.copying == 0:
+            link.busy_since_s = now_s
+        link.copying += 1
+        deadline_s = _deadline(flight.chunk, flight.source, now_s)
+        self._flights[flight.key] = replace(flight, began_s=now_s, deadline_s=deadline_s)
+
     def finish(self, flight: Flight, now_s: float) -> None:
-        """The bytes are there."""
+        """The bytes, which had begun to move, are there."""
+        assert self._flights[flight.key].began_s is not None, flight
         self._land(flight, now_s)
         self._links[flight.link].num_bytes += flight.chunk.num_bytes
         self._moved_bytes[flight.source] += flight.chunk.num_bytes
@@ -192,7 +216,9 @@ class TransferQueue:
         assert self.failure is not None or len(places) == len(self.chunks), "a chunk was forgotten"
         assert self.done_bytes == sum(self.chunks[index].num_bytes for index in self._done)
         for name, link in self._links.items():
-            assert link.in_flight == sum(flight.link == name for flight in self._flights.values()), name
+            flights = [flight for flight in self._flights.values() if flight.link == name]
+            assert link.in_flight == len(flights), name
+            assert link.copying == sum(flight.began_s is not None for flight in flights), name
 
     # -------------------------------------------------------------------------------------------- helpers
 
@@ -216,14 +242,12 @@ class TransferQueue:
         host = self._links.get(self._host_link)
         if source == HOST or host is None or link is host:
             return False
-        mine, hosts = link.rate(now_s), host.rate(now_s)
-        return mine is not None and hosts is not None and SLOWER * mine < hosts
+        hosts = host.rate(now_s)
+        return hosts is not None and link.is_slower_than(hosts / SLOWER, now_s)
 
-    def _begin(self, index: int, source: str, name: str, now_s: float) -> Flight:
-        chunk, link = self.chunks[index], self._links[name]
-        if link.in_flight == 0:
-            link.busy_since_s = now_s
-        link.in_flight += 1
+    def _take(self, index: int, source: str, name: str, now_s: float) -> Flight:
+        chunk = self.chunks[index]
+        self._links[name].in_flight += 1
         self._attempts[index] += 1
         flight = Flight(
             index=index,
@@ -231,17 +255,17 @@ class TransferQueue:
             source=source,
             link=name,
             attempt=self._attempts[index],
-            began_s=now_s,
-            deadline_s=now_s + GRACE_S[source == HOST] + chunk.num_bytes / MIN_BYTES_PER_S,
+            deadline_s=_deadline(chunk, source, now_s),
         )
         self._flights[flight.key] = flight
         return flight
 
     def _land(self, flight: Flight, now_s: float) -> None:
-        del self._flights[flight.key]
+        has_begun = self._flights.pop(flight.key).began_s is not None
         link = self._links[flight.link]
         link.in_flight -= 1
-        if link.in_flight == 0:
+        link.copying -= has_begun
+        if has_begun and link.copying == 0:
             link.busy_s += now_s - link.busy_since_s
 
     def _blame(self, index: int, source: str, reason: str, gone: bool) -> None:
@@ -268,3 +292,7 @@ class TransferQueue:
         size, first_reason = self._rerouted.get(source, (0, reason))
         self._rerouted[source] = (size + self.chunks[index].num_bytes, first_reason)
         self._wait(index, HOST)
+
+
+def _deadline(chunk: Chunk, source: str, now_s: float) -> float:
+    return now_s + GRACE_S[source == HOST] + chunk.num_bytes / MIN_BYTES_PER_S

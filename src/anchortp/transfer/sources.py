@@ -18,7 +18,7 @@ from anchortp.arena import IntervalSet, MemfdArena
 from anchortp.arena.intervals import Range
 from anchortp.arena.pages import MappedPages, pages_to_write
 from anchortp.errors import StateError
-from anchortp.layout import ReplicatedTensor, UnitTensor
+from anchortp.layout import EXPERT, ReplicatedTensor, UnitTensor
 from anchortp.transfer.checkpoint import Checkpoint
 from anchortp.transfer.checksum import PIECE_BYTES, digest, fill_summed
 from anchortp.transfer.packed import PackedWeights
@@ -30,12 +30,21 @@ class Stopped(Exception):
     """The read was told to stop (`stopped` in `Source.read`)."""
 
 
+def _raising(stopped: Callable[[], bool]) -> Callable[[], None]:
+    def check() -> None:
+        if stopped():
+            raise Stopped
+
+    return check
+
+
 class Source(Protocol):
     """Holds the bytes of chunks. Several threads read at once."""
 
     def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> list[int] | None:
-        """Fills `out` (uint8, the chunk's bytes). Where it waits for something it asks `stopped`, and raises
-        Stopped; it writes nothing into `out` after it has returned or raised.
+        """Fills `out` (uint8, the chunk's bytes). Where it waits for something, as between two reads from a file, it
+        asks `stopped`, and raises Stopped; it writes nothing into `out` after it has returned or raised. A read that
+        the kernel does not give back cannot be stopped.
 
         Returns the digests of the chunk's segments, if it took them from `out` on the way, where the bytes were still
         in the cache."""
@@ -53,11 +62,12 @@ class Source(Protocol):
 
 
 class HostSource:
-    """The checkpoint's files, and what is kept of them in a better order. Keeps nothing open of its own."""
+    """The checkpoint's files, and what is kept of them in a better order; for one load. Keeps nothing open itself."""
 
     def __init__(self, checkpoint: Checkpoint, packed: PackedWeights | None = None):
         self._checkpoint = checkpoint
         self._packed = packed
+        self._asked_for: set[tuple[str, int, int]] = set()  # of the disk, as a whole
         self._units = checkpoint.units
         config = self._units.config
         self._dtype: torch.dtype = getattr(torch, config.dtype)
@@ -68,11 +78,12 @@ class HostSource:
         if isinstance(tensor, ReplicatedTensor):
             self._checkpoint.read_replicated(tensor, chunk.region.copy, out.view(self._dtype).view(tensor.shape))
             return None
-        if self._packed is not None and (digests := self._packed.read(chunk, out)):
+        check = _raising(stopped)
+        if self._packed is not None and (digests := self._packed.read(chunk, out, check)):
             return digests
-        return self._read_rows(tensor, chunk, out)
+        return self._read_rows(tensor, chunk, out, check)
 
-    def _read_rows(self, tensor: UnitTensor, chunk: Chunk, out: Tensor) -> list[int] | None:
+    def _read_rows(self, tensor: UnitTensor, chunk: Chunk, out: Tensor, check: Callable[[], None]) -> list[int] | None:
         # Columns that become rows are read many at a time, and are not in the cache afterwards.
         piece_bytes = PIECE_BYTES if tensor.parts[0].axis == 0 else chunk.num_bytes
         view, digests = memoryview(out.numpy()), []
@@ -80,7 +91,7 @@ class HostSource:
             start, stop = piece[0].start - chunk.start, piece[-1].stop - chunk.start
             rows = out[start:stop].view(self._dtype).view(-1, self._units.config.hidden_size)
             first_row = (piece[0].index - chunk.region.first_segment) * chunk.region.segment_bytes // self._row_bytes
-            self._checkpoint.read_rows(tensor, chunk.region.copy, piece[0].unit, first_row, rows)
+            self._checkpoint.read_rows(tensor, chunk.region.copy, piece[0].unit, first_row, rows, check)
             digests += [digest(view[s.start - chunk.start : s.stop - chunk.start]) for s in piece]
         if not digests:
             self._read_part(tensor, chunk, out)
@@ -105,11 +116,20 @@ class HostSource:
         if self._packed is not None and self._packed.prefetch(chunk):
             return
         if not isinstance(tensor, ReplicatedTensor):
+            if tensor.parts[0].axis == 1 and not self._is_first(tensor, chunk):
+                return
             first_row, num_rows, _ = self._rows(tensor, chunk)
             self._checkpoint.prefetch(tensor, chunk.region.copy, chunk.unit, first_row, num_rows)
 
     def close(self) -> None:
         pass
+
+    def _is_first(self, tensor: UnitTensor, chunk: Chunk) -> bool:
+        """Whether no other chunk of its matrix was asked for in this load: with one, all of it is."""
+        matrix = tensor.key, chunk.region.copy, chunk.unit if tensor.family == EXPERT else 0
+        is_first = matrix not in self._asked_for
+        self._asked_for.add(matrix)
+        return is_first
 
     def _rows(self, tensor: UnitTensor, chunk: Chunk) -> tuple[int, int, int]:
         """The rows that a chunk touches, in whole panels where there are some: the first, how many, and how many of
@@ -148,7 +168,8 @@ class PeerSource:
     def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> list[int] | None:
         digests = self._streamed(chunk, out)
         if digests is None:
-            digests = fill_summed(self._arena.fd, chunk.source_start, chunk, memoryview(out.numpy()))
+            view = memoryview(out.numpy())
+            digests = fill_summed(self._arena.fd, chunk.source_start, chunk, view, _raising(stopped))
         self.check_unchanged()
         return digests
 
