@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import msgspec
 
+from anchortp.config import ModelConfig
 from anchortp.engine.api import SampledToken
 from anchortp.engine.faults import Strike
 from anchortp.engine.scheduler import Batch
@@ -24,7 +25,8 @@ class Assign(_Message):
     """Become the worker of `device`: connect to its anchor and take the lease. -> WorkerAttached
 
     `packed_folder`: where weights are kept as arenas hold them (`transfer.packed`); "": nowhere. `graphs`:
-    capture decode steps, on GPUs. `attention`: "torch" or "flashinfer". `kernels`: the library of our own, "": torch's.
+    capture decode steps, on GPUs. `attention`: "torch" or "flashinfer". `kernels`: the library of our own, "": torch's,
+    or `triton`'s.
     """
 
     device: str
@@ -44,6 +46,7 @@ class Assign(_Message):
     graphs: bool = True
     attention: str = "torch"
     kernels: str = ""
+    triton: bool = False
     strikes: tuple[Strike, ...] = ()
 
 
@@ -350,10 +353,12 @@ class ForkSpare(_Message):
     """With one end of a socket pair, and the `fd` of a `DeathNotice`: fork a process that serves the one and holds the
     other. Answered on that socket (SpareReady).
 
-    `gpus`: on which it makes its contexts before it answers, so that becoming a worker does not wait for that.
+    `gpus`: on which it makes its contexts before it answers, so that becoming a worker does not wait for that. `fused`:
+    the model for which it compiles and loads Triton's kernels there; None: it has others.
     """
 
     gpus: tuple[int, ...] = ()
+    fused: ModelConfig | None = None
 
 
 class ZygoteReady(_Message):
