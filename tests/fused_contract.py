@@ -6,7 +6,6 @@ process of its own, with TRITON_INTERPRET set in the latter.
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 from types import SimpleNamespace
@@ -86,10 +85,12 @@ def test_gate(rows: int, blocks: int, block: int, dtype: str) -> None:
 # q heads, KV heads, and the q heads that attention wants, in its order
 HEADS = [(1, 1, (0,)), (6, 2, (0, 2, 1, 3, 5, 4)), (5, 3, (4, 0, 2, 0, 1, 3)), (8, 1, tuple(range(8)))]
 
+HEADS_OF_ALL_SIZES = list(zip([128, 64, 128, 64, 24, 2], [*HEADS, HEADS[2], HEADS[1]], strict=True))
+
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_norms", [False, True])
-@pytest.mark.parametrize(("head_dim", "heads"), [*itertools.product([64, 128], HEADS), (24, HEADS[2]), (2, HEADS[1])])
+@pytest.mark.parametrize(("head_dim", "heads"), HEADS_OF_ALL_SIZES)
 @pytest.mark.parametrize("rows", ROWS[1:])
 def test_from_projections_to_queries_and_cache(rows, head_dim, heads, has_norms, dtype) -> None:
     num_q, num_kv, pick = heads
