@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from anchortp.config import ModelConfig, resolve_engine_config
+from anchortp.config import ModelConfig, load_model_config, resolve_engine_config
 from anchortp.devices import parse_device
 from anchortp.engine.accelerator import Accelerator
 from anchortp.engine.api import EngineRequest, SamplingParams, TokenOutput
@@ -146,6 +146,12 @@ def run_numbers(scale: Any, runtime_dir: Path) -> dict[str, Any]:
         result["width 1"] = _decode(engine, scale.large_tokens, ceilings)
     with _running(scale, folder, runtime_dir / "plain", 1, **options, cuda_graphs=False) as engine:
         result["width 1 without graphs"] = _decode(engine, scale.large_tokens, ceilings)
+    why = _in_a_process("why_not_triton", scale.kind, str(folder))["why"]
+    if why:
+        result["width 1 with triton"] = {"not_measured": why}
+    else:
+        with _running(scale, folder, runtime_dir / "triton", 1, **options, kernels="triton") as engine:
+            result["width 1 with triton"] = _decode(engine, scale.large_tokens, ceilings)
     options["packed_folder"] = str(runtime_dir / "packed")
     with _running(scale, folder, runtime_dir / "four", NUM_DEVICES, **options) as engine:
         result["packed_bytes"] = _wait_packed(runtime_dir / "packed")
@@ -247,6 +253,17 @@ def ceilings(kind: str, num_bytes: str) -> dict[str, float]:
         "host_to_device_bytes_per_s": int(num_bytes) / seconds["link"],
         "device_memory_bytes_per_s": 2 * int(num_bytes) / seconds["memory"],
     }
+
+
+def why_not_triton(kind: str, folder: str) -> dict[str, str]:
+    """[a process of its own] What keeps Triton's kernels from being used here; "" if nothing does."""
+    if kind != "cuda":
+        return {"why": f"devices of kind {kind} have not these kernels"}
+    try:
+        Accelerator.of(parse_device(f"{kind}:0")).fused(load_model_config(folder))
+    except Exception as error:  # no package, no C compiler, or what else Triton finds missing
+        return {"why": f"{type(error).__name__}: {error}"}
+    return {"why": ""}
 
 
 def _strike(

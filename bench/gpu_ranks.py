@@ -163,15 +163,17 @@ def open_tensor(runtime_dir: str | Path, device: str, name: str, accelerator: Ac
 
 
 def decode_with_and_without_graphs(
-    group: Group, accelerator: Accelerator, folder: str, attention: str = "torch"
+    group: Group, accelerator: Accelerator, folder: str, attention: str = "torch", kernels: str = "torch"
 ) -> dict[str, float]:
     """[a rank] Decodes three sequences with one decoder plainly and with another over graphs, captured on the way, and
-    over another library's attention if wanted."""
+    over another library's attention or kernels if wanted."""
     units = model_units(load_model_config(folder))
     layout = initial_layout(units, [f"cpu:{rank}" for rank in range(group.size)])
     plain, graphed = (_decoder_of(folder, units, layout, group.rank, accelerator) for _ in range(2))
     if attention == "flashinfer":
         graphed.paged = accelerator.paged(units.config, BLOCK_SIZE)
+    if kernels == "triton":
+        graphed.kernels = accelerator.fused(units.config)
     capture, num_captured, largest = accelerator.capture(), 0, 0.0
     assert capture is not None
     graphs = DecodeGraphs(graphed, capture)

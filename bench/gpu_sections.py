@@ -345,6 +345,13 @@ def _nccl_alone(group: Any, accelerator: Accelerator) -> dict[str, Any]:
     return {"gathered": [tuple(part.shape) for part in parts], "close_s": closing_s}
 
 
+def kernels(scale: Scale, runtime_dir: Path) -> dict[str, Any]:
+    """What lies between matmuls, by Triton's kernels and by torch's: the same results, and the time of a call."""
+    from bench.gpu_kernels import run_kernels
+
+    return run_kernels(scale)
+
+
 def engine(scale: Scale, runtime_dir: Path) -> dict[str, Any]:
     """Four virtual devices on one GPU; one is lost, then a worker crashes, while streams speak."""
     from bench.gpu_engine import run_engine
@@ -363,6 +370,7 @@ SECTIONS = {
     "memory": memory,
     "survival": survival,
     "collectives": collectives,
+    "kernels": kernels,
     "engine": engine,
     "qwen3_8b": qwen3_8b,
 }

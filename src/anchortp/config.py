@@ -296,7 +296,8 @@ class EngineConfig:
     eplb: bool = True  # of a mixture of experts: replicate hot ones where memory allows
     eplb_interval_s: float = 10.0
     attention: Literal["torch", "flashinfer"] = "torch"
-    kernels: str = ""  # the library of our own kernels (`anchortp.native`); "": torch's
+    kernels: str = ""  # on CPUs: the library of our own kernels (`anchortp.native`); "": torch's
+    triton: bool = False  # on GPUs: kernels of ours by Triton (`anchortp.model.fused`)
     cuda_graphs: bool = True  # on GPUs decode steps are captured and replayed
     eplb_replica_choices: float | None = None  # see `eplb.Limits.choices_per_replica`; None: by the kind of device
     pipelined_load: bool = True  # a layer computes when its weights are there
@@ -362,7 +363,8 @@ def resolve_engine_config(
     room for the whole KV cache, but at most a tenth of the free memory. `expert_cut`: see `MoEConfig.cut`.
     `collectives`: shared memory on the host; on GPUs NCCL, and memory that all map where devices share a GPU.
     `attention`: torch's kernels on gathered blocks, or on GPUs the package FlashInfer. `kernels`: on CPU devices
-    "native", which a C++ compiler makes once (`anchortp.native`), "torch", or "auto": native where they can be made.
+    "native", which a C++ compiler makes once (`anchortp.native`), on GPUs "triton", anywhere "torch", or "auto": native
+    where they can be made, else torch's.
     Raises ConfigError.
     """
     model = load_model_config(model_folder, dtype, expert_cut)
@@ -392,6 +394,7 @@ def resolve_engine_config(
         devices=devices,
         attention=attention,  # type: ignore[arg-type]
         kernels=_resolve_kernels(kernels, parsed[0].kind),
+        triton=kernels == "triton",
         device_memory_bytes=device_memory_bytes or int(0.8 * _available_bytes() / len(devices)),
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
@@ -436,10 +439,13 @@ def _check_attention(attention: str, model: ModelConfig, kind: str) -> None:
 
 def _resolve_kernels(kernels: str, kind: str) -> str:
     """The path of the library, which is made where it has to be; "" for torch's kernels."""
-    if kernels not in ("auto", "native", "torch"):
-        raise ConfigError(f"kernels is {kernels!r}; choose 'auto', 'native' or 'torch'.")
-    if kernels == "native" and kind != "cpu":
-        raise ConfigError(f"kernels 'native' are for CPU devices, and these are of kind {kind}; choose 'auto'.")
+    if kernels not in ("auto", "native", "torch", "triton"):
+        raise ConfigError(f"kernels is {kernels!r}; choose 'auto', 'native', 'torch' or 'triton'.")
+    only = {"native": "cpu", "triton": "cuda"}.get(kernels, kind)
+    if kind != only:
+        raise ConfigError(f"kernels {kernels!r} are for {only} devices, and these are of kind {kind}; choose 'auto'.")
+    if kernels == "triton" and importlib.util.find_spec("triton") is None:
+        raise ConfigError("kernels 'triton' cannot be used: the package triton is not installed; choose 'torch'.")
     if kernels == "torch" or kind != "cpu":
         return ""
     try:

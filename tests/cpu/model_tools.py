@@ -32,7 +32,7 @@ from anchortp.layout import (
     initial_layout,
     model_units,
 )
-from anchortp.model import Decoder, ForwardBatch, KVCache, NativeDecoder, NativeKernels, WeightViews
+from anchortp.model import Decoder, ForwardBatch, KVCache, NativeDecoder, NativeKernels, TorchKernels, WeightViews
 from anchortp.native import Library, build_kernels
 from anchortp.transfer.checkpoint import Checkpoint
 from anchortp.transfer.loader import Item, load_replicated, load_units
@@ -196,11 +196,19 @@ class TPGroup:
     """Every rank of a layout, each with arenas of its own, in one process. Use as a context manager."""
 
     def __init__(
-        self, folder: Path, units: ModelUnits, layout: Layout, block_size: int, num_blocks: int, kernels: str = "torch"
+        self,
+        folder: Path,
+        units: ModelUnits,
+        layout: Layout,
+        block_size: int,
+        num_blocks: int,
+        kernels: str | TorchKernels = "torch",
     ):
         layout.check(units)
         self.units = units
-        self._kernels = native_kernels(units.config.dtype) if kernels == "native" else None
+        if isinstance(kernels, str):
+            kernels = native_kernels(units.config.dtype) if kernels == "native" else TorchKernels()
+        self._kernels = kernels
         self.layout = layout
         self.block_size = block_size
         self.num_blocks = num_blocks
@@ -225,8 +233,8 @@ class TPGroup:
                 self._decoders[shard.device].rebind(self.layout, rank, *self.views(shard))
             else:
                 parts = (self.units, self.layout, rank, *self.views(shard), MAX_LEN)
-                native = self._kernels
-                self._decoders[shard.device] = NativeDecoder(*parts, kernels=native) if native else Decoder(*parts)
+                make = NativeDecoder if isinstance(self._kernels, NativeKernels) else Decoder
+                self._decoders[shard.device] = make(*parts, kernels=self._kernels)
         self.decoders = [self._decoders[device] for device in self.layout.devices]
         self._pool = ThreadPoolExecutor(len(self.decoders))
 
@@ -281,10 +289,10 @@ def load_group(
     dtype: str = "auto",
     expert_cut: str = "experts",
     panels: bool = False,
-    kernels: str = "torch",
+    kernels: str | TorchKernels = "torch",
 ) -> TPGroup:
     """A `TPGroup` over the model in `folder`; `layout` may be a number of devices with equal shards. `kernels`:
-    "torch" or "native"."""
+    "torch", "native", or some that all ranks share."""
     units = model_units(replace(load_model_config(folder, dtype, expert_cut), panels=panels))
     if isinstance(layout, int):
         layout = initial_layout(units, devices(layout))

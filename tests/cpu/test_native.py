@@ -303,7 +303,7 @@ def test_where_they_cannot_be_had(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert kernels(kernels="torch") == "" == kernels("sim:0")
     with pytest.raises(ConfigError, match="of kind sim"):
         kernels("sim:0", kernels="native")
-    with pytest.raises(ConfigError, match="'auto', 'native' or 'torch'"):
+    with pytest.raises(ConfigError, match="'auto', 'native', 'torch' or 'triton'"):
         kernels(kernels="numpy")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import threading
 import weakref
 from types import SimpleNamespace
@@ -31,6 +33,8 @@ from anchortp.engine.mirror_addresses import MirrorAddresses
 from anchortp.engine.worker import Worker
 from anchortp.errors import ChannelClosed, ChannelTimeout
 from anchortp.layout import KV, KVAddresses, WeightAddresses, empty_shard, model_units
+from anchortp.model import TorchKernels
+from anchortp.state import wire
 from anchortp.transfer.work import Geometry
 from tests.tiny_model import write_model
 
@@ -101,6 +105,41 @@ def test_a_strike_fires_at_its_passage_and_once_per_runtime_directory(tmp_path):
     (fired,) = fired_strikes(tmp_path)
     assert fired["strike"] == "cpu:0 decode 3 crash"
     assert not FaultProbe(strikes, str(tmp_path), strike)
+
+
+def test_a_spare_is_ready_when_its_models_kernels_are_compiled_on_every_gpu(tmp_path, monkeypatch):
+    """A compiler in the first step after a recovery would hold it up."""
+    config = load_model_config(write_model(tmp_path / "model"))
+    done = []
+
+    def gpu(device):
+        return SimpleNamespace(
+            placing=contextlib.nullcontext,
+            synchronize=lambda: done.append(device.index),
+            fused=lambda config: done.append((device.index, config)),
+        )
+
+    monkeypatch.setattr(worker_module.Accelerator, "of", gpu)
+    monkeypatch.setattr(worker_module.signal, "signal", lambda *_: None)
+    for fused in (None, config):
+        ours, theirs = socket.socketpair()
+        sender, receiver = wire.Channel(ours, m.FromWorker), wire.Channel(theirs, m.ToZygote)
+        sender.send(m.ForkSpare(gpus=(0, 3), fused=fused))
+        order = receiver.recv(1.0).message
+        done.clear()
+        ours.shutdown(socket.SHUT_WR)
+        worker_module.worker_main(theirs, order)
+        assert sender.recv(1.0).message == m.SpareReady(pid=os.getpid())
+        assert done == ([0, 3] if fused is None else [(0, config), 0, (3, config), 3])
+        ours.close()
+
+
+def test_a_worker_has_the_kernels_of_its_order():
+    made = []
+    accelerator = SimpleNamespace(fused=lambda config: made.append(config) or "fused")
+    assert type(worker_module._kernels(SimpleNamespace(kernels="", triton=False), "model", accelerator)) is TorchKernels
+    assert worker_module._kernels(SimpleNamespace(kernels="", triton=True), "model", accelerator) == "fused"
+    assert made == ["model"]
 
 
 def test_expert_load_goes_along_every_so_often(monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import pytest
 
 from tests.procs.engine_tools import Driver, running_engine
@@ -39,6 +41,14 @@ def test_a_lost_device_and_a_crashed_worker_change_no_token(folder, collectives)
         for stream in streams:
             stream.check()
         assert driver.wait_recovered(3)[-1]["bytes"]["loaded"] == 0
+
+
+def test_kernels_by_triton_change_no_token(folder):
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    options = {"kind": "cuda:0/", "device_memory_bytes": 1 << 30, "kernels": "triton"}
+    with running_engine(folder, 3, min_step_deadline_s=10.0, **options) as driver:
+        lose(driver, "cuda:0/2")
 
 
 def test_a_mixture_of_experts_loses_a_device(mixture):

@@ -14,13 +14,14 @@ from tests.tiny_model import write_model
 __all__ = ["runtime_dir"]
 
 
-@pytest.mark.parametrize("attention", ["torch", "flashinfer"])
+@pytest.mark.parametrize(("attention", "kernels"), [("torch", "torch"), ("flashinfer", "torch"), ("torch", "triton")])
 @pytest.mark.parametrize("size", [1, 2])
-def test_graphs_change_no_logit(size: int, attention: str, runtime_dir: Path) -> None:
-    if importlib.util.find_spec(attention) is None:  # not imported: this process must stay free of CUDA
-        pytest.skip(f"{attention} is not installed")
+def test_graphs_change_no_logit(size: int, attention: str, kernels: str, runtime_dir: Path) -> None:
+    for name in (attention, kernels):
+        if importlib.util.find_spec(name) is None:  # not imported: this process must stay free of CUDA
+            pytest.skip(f"{name} is not installed")
     folder = str(write_model(runtime_dir / "model", dtype="bfloat16", head_dim=64))
     with anchors(runtime_dir, DEVICES[:size], 64 << 20):
-        program = (decode_with_and_without_graphs, folder, attention)
+        program = (decode_with_and_without_graphs, folder, attention, kernels)
         (first, *_) = run_ranks("peer", runtime_dir, DEVICES[:size], 1 << 20, *program)
     assert first["num_captured"] == 5 and first["largest_difference"] < 0.1, first

@@ -174,7 +174,7 @@ def test_a_worker_on_gpus_is_gone_when_its_descriptors_are_and_no_sooner(gpus):
     pool = WorkerPool(
         runtime_dir="/nowhere",
         num_spares=0,
-        gpus=gpus,
+        spare=m.ForkSpare(gpus=gpus),
         watch=watched.__setitem__,
         unwatch=lambda fd: watched.pop(fd, None),
         on_message=lambda process, message: None,

@@ -34,7 +34,7 @@ def test_without_a_gpu_it_says_so_and_is_content():
 
 def test_every_measurement_runs_on_simulated_devices(tmp_path):
     result, told = gpu_check(
-        "--kind", "sim", "--reports", str(tmp_path), "--parts", "memory,survival,collectives,engine"
+        "--kind", "sim", "--reports", str(tmp_path), "--parts", "memory,survival,collectives,kernels,engine"
     )
     figures = {name: part["figures"] for name, part in result["parts"].items()}
     assert figures["memory"]["num_chunks"] == 256 and figures["memory"]["peer_arena_to_arena_bytes_per_s"] > 0
@@ -44,6 +44,10 @@ def test_every_measurement_runs_on_simulated_devices(tmp_path):
     assert figures["collectives"][graphs]["num_captured"] == 5
     assert figures["collectives"][graphs]["largest_difference"] < 1e-3
     assert set(reduces) == {f"{kind}, {num} ranks" for kind in ("peer", "shm") for num in (2, 4)}
+    for name in ("add_norm", "gate", "rotate_store"):
+        kernel = figures["kernels"][f"{name}, 3 rows"]
+        assert kernel["equal_share"] > 0.5 and kernel["largest_step"] < 1e-5
+        assert min(kernel[f"{whose}_{how}_us"] for whose in ("triton", "torch") for how in ("plain", "captured")) > 0
     for kind in ("lost", "crash"):
         struck = figures["engine"][kind]
         assert struck["failed"] == [] and struck["same_answers"] == struck["num_answers"] == 8
@@ -58,6 +62,7 @@ def test_the_numbers_of_a_large_model_come_with_their_floors(tmp_path):
     figures = result["parts"]["qwen3_8b"]["figures"]
     for width in ("width 1", "width 1 without graphs"):
         assert 0 < figures[width]["roofline_1_share"] < 1
+    assert "sim" in figures["width 1 with triton"]["not_measured"]
     # 2 layers of q and o [96, 64], k and v [32, 64], gate, up and down [128, 64] and two norms; the last norm and the
     # lm_head [259, 64]; keys and values of 2 heads of 16 for the prompt of 32 and half of 60 tokens; all float32.
     weights = 2 * (64 * (2 * 96 + 2 * 32 + 3 * 128) + 2 * 64) + 64 + 259 * 64

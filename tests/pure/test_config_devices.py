@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from anchortp import config as config_module
 from anchortp.config import resolve_engine_config
 from anchortp.errors import ConfigError
 
@@ -66,3 +67,17 @@ def test_what_does_not_go_together_is_refused(resolve, complaint):
 def test_the_budget_of_a_gpu_has_to_be_said(resolve):
     with pytest.raises(ConfigError, match="--device-memory"):
         resolve("cuda:0")
+
+
+def test_kernels_by_triton_are_for_gpus_that_have_it(resolve, monkeypatch):
+    installed = {"triton"}
+    monkeypatch.setattr(config_module.importlib.util, "find_spec", lambda name: name in installed or None)
+    assert not resolve("cuda:0", device_memory_bytes=MIB).triton, "not by themselves: nobody has run them on a GPU"
+    config = resolve("cuda:0", device_memory_bytes=MIB, kernels="triton")
+    assert config.triton and config.kernels == ""
+    for device in ("cpu:0", "sim:0"):
+        with pytest.raises(ConfigError, match=f"'triton' are for cuda devices, and these are of kind {device[:3]}"):
+            resolve(device, kernels="triton")
+    installed.clear()
+    with pytest.raises(ConfigError, match="package triton is not installed; choose 'torch'"):
+        resolve("cuda:0", device_memory_bytes=MIB, kernels="triton")

@@ -50,6 +50,7 @@ class KernelsBy(StrEnum):
     auto = "auto"
     native = "native"
     torch = "torch"
+    triton = "triton"
 
 
 class AttentionBy(StrEnum):
@@ -146,7 +147,8 @@ def serve(
     kernels: Annotated[
         KernelsBy,
         typer.Option(
-            help="native: ours, on CPUs, compiled once by this machine's C++ compiler. auto: native where there is one."
+            help="native: ours, on CPUs, compiled once by this machine's C++ compiler. triton: ours, on GPUs. auto: "
+            "native where there is a compiler, else torch's."
         ),
     ] = KernelsBy.auto,
     cuda_graphs: Annotated[bool, typer.Option(help="On GPUs: capture decode steps and replay them.")] = True,

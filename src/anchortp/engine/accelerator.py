@@ -16,7 +16,8 @@ from anchortp.comm import GlooGroup, Group, NcclGroup, PeerGroup, ShmGroup, ShmR
 from anchortp.comm.peer import mark_stream
 from anchortp.config import ModelConfig
 from anchortp.devices import Device
-from anchortp.model import Capture, CudaGraphs
+from anchortp.layout import model_units
+from anchortp.model import Capture, CudaGraphs, TorchKernels
 from anchortp.model.paged import FlashInfer, open_flashinfer
 from anchortp.native import Library
 
@@ -74,6 +75,17 @@ class Accelerator:
     def paged(self, config: ModelConfig, block_size: int) -> FlashInfer:
         assert self.torch_device is not None, "config lets it through for GPUs alone"
         return open_flashinfer(config, block_size, self.torch_device)
+
+    def fused(self, config: ModelConfig) -> TorchKernels:
+        """Kernels by Triton for a model, loaded when this returns; to compile them takes seconds, once per machine.
+        Raises what Triton raises, where there is no C compiler for one."""
+        assert self.torch_device is not None, "config lets it through for GPUs alone"
+        from anchortp.model.fused import TritonKernels  # imports Triton, which nobody else needs
+
+        kernels = TritonKernels()
+        with self.placing():
+            kernels.touch(model_units(config))
+        return kernels
 
     def mark(self) -> Callable[[], bool]:
         """As `comm.peer.Mark`."""

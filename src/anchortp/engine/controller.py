@@ -359,7 +359,7 @@ class ElasticEngine:
         self._processes = WorkerPool(
             runtime_dir=self.config.runtime_dir,
             num_spares=self.config.num_spares,
-            gpus=self.config.gpus,
+            spare=m.ForkSpare(gpus=self.config.gpus, fused=self.config.model if self.config.triton else None),
             watch=self._watch,
             unwatch=self._unwatch,
             on_message=self._on_worker_message,
@@ -600,6 +600,7 @@ class ElasticEngine:
                 graphs=config.cuda_graphs,
                 attention=config.attention,
                 kernels=config.kernels,
+                triton=config.triton,
                 strikes=tuple(strike for strike in self._strikes if strike.device == device),
             ),
         )

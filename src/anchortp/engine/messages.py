@@ -29,7 +29,8 @@ class Assign(_Message):
     refused when it is opened.
 
     `packed_folder`: where weights are kept as arenas hold them (`transfer.packed`); "": nowhere. `graphs`:
-    capture decode steps, on GPUs. `attention`: "torch" or "flashinfer". `kernels`: the library of our own, "": torch's.
+    capture decode steps, on GPUs. `attention`: "torch" or "flashinfer". `kernels`: the library of our own, "": torch's,
+    or `triton`'s.
     """
 
     device: str
@@ -48,6 +49,7 @@ class Assign(_Message):
     graphs: bool = True
     attention: str = "torch"
     kernels: str = ""
+    triton: bool = False
     strikes: tuple[Strike, ...] = ()
 
 
@@ -354,10 +356,12 @@ class ForkSpare(_Message):
     """With one end of a socket pair, and the `fd` of a `DeathNotice`: fork a process that serves the one and holds the
     other. Answered on that socket (SpareReady).
 
-    `gpus`: on which it makes its contexts before it answers, so that becoming a worker does not wait for that.
+    `gpus`: on which it makes its contexts before it answers, so that becoming a worker does not wait for that. `fused`:
+    the model for which it compiles and loads Triton's kernels there; None: it has others.
     """
 
     gpus: tuple[int, ...] = ()
+    fused: ModelConfig | None = None
 
 
 class ZygoteReady(_Message):

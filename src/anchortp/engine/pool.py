@@ -74,8 +74,8 @@ class WorkerPool:
 
     `watch(fd, callback)` and `unwatch(fd)` are the controller's selector; all callbacks run on its thread.
     `on_message(process, message)` gets what workers say, `on_end(process, how)` the end of one that had a
-    device, when nothing of it writes to memory any more. A zygote that dies is replaced; no worker dies with it. Spares
-    are warm on `gpus`, any of which they may have to take over.
+    device, when nothing of it writes to memory any more. A zygote that dies is replaced; no worker dies with it.
+    `spare`: what all spares are to be; they are warm on its GPUs, any of which they may have to take over.
     """
 
     def __init__(
@@ -83,7 +83,7 @@ class WorkerPool:
         *,
         runtime_dir: str,
         num_spares: int,
-        gpus: tuple[int, ...] = (),
+        spare: m.ForkSpare = m.ForkSpare(),
         watch: Watch,
         unwatch: Callable[[int], None],
         on_message: Callable[[WorkerProcess, Any], None],
@@ -91,7 +91,7 @@ class WorkerPool:
     ):
         self._runtime_dir = runtime_dir
         self._num_spares = num_spares
-        self._gpus = gpus
+        self._spare = spare
         self._watch, self._unwatch = watch, unwatch
         self._on_message, self._on_end = on_message, on_end
         self._zygote: subprocess.Popen[bytes] | None = None
@@ -248,7 +248,7 @@ class WorkerPool:
         notice = DeathNotice()
         with theirs:
             try:
-                self._zygote_channel.send(m.ForkSpare(gpus=self._gpus), fds=(theirs.fileno(), notice.fd))
+                self._zygote_channel.send(self._spare, fds=(theirs.fileno(), notice.fd))
             except WireError:
                 ours.close()
                 notice.close()
@@ -287,7 +287,7 @@ class WorkerPool:
         self._num_stillborn = 0
         process.started(pid)
         self._watch(process.pidfd, lambda: self._ended(process))
-        if not self._gpus:  # a GPU runs what a dead process has queued until its descriptors are closed
+        if not self._spare.gpus:  # a GPU runs what a dead process has queued until its descriptors are closed
             self._watch(process.notice.watch(pid), lambda: self._died(process))
         if self._wanted:
             self._wanted.pop(next(iter(self._wanted)))(process)

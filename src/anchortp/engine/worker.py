@@ -23,6 +23,7 @@ import torch
 
 from anchortp.arena import IntervalSet, MemfdArena, PinnedMapping
 from anchortp.comm import Group, ShmRegion
+from anchortp.config import ModelConfig
 from anchortp.devices import Device, parse_device
 from anchortp.engine import messages as m
 from anchortp.engine.accelerator import GROUPS, Accelerator
@@ -36,6 +37,7 @@ from anchortp.errors import (
     AnchorTPError,
     ChannelClosed,
     ChannelTimeout,
+    CheckpointError,
     GroupAborted,
     StaleEpoch,
     StateError,
@@ -59,6 +61,7 @@ from anchortp.model import (
     KVCache,
     NativeDecoder,
     NativeKernels,
+    TorchKernels,
     WeightViews,
     check_weights,
     panels,
@@ -93,13 +96,13 @@ EXPERT_LOAD_EVERY_S = 1.0
 SAVE_POLL_S = 0.001  # how often an idle worker looks whether its copies to the mirror are made
 
 
-def worker_main(sock: socket.socket, gpus: Sequence[int] = ()) -> None:
-    """[worker] Serves one controller until it says Stop or is gone. `gpus`: where to be warm before it is ready."""
+def worker_main(sock: socket.socket, order: m.ForkSpare) -> None:
+    """[worker] Serves one controller until it says Stop or is gone. `order`: what to be before it is ready."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     channel = Channel(sock, m.ToWorker)
-    for index in gpus:
-        _warm_up_gpu(index)
+    for index in order.gpus:
+        _warm_up_gpu(index, order.fused)
     channel.send(m.SpareReady(pid=os.getpid()))
     with contextlib.suppress(ChannelClosed):
         worker = Worker(channel)
@@ -111,12 +114,14 @@ def worker_main(sock: socket.socket, gpus: Sequence[int] = ()) -> None:
             raise
 
 
-def _warm_up_gpu(index: int) -> None:
-    """A context, and the libraries of the first kernels, on one of the GPUs that this spare may be sent to."""
+def _warm_up_gpu(index: int, fused: ModelConfig | None) -> None:
+    """A context, and the first kernels or their libraries, on one of the GPUs that this spare may be sent to."""
     try:
         accelerator = Accelerator.of(Device(kind="cuda", index=index))
         with accelerator.placing():
             _touch_kernels()
+        if fused is not None:
+            accelerator.fused(fused)
         accelerator.synchronize()
     except Exception:
         # A GPU that is lost must not cost the others their spares. If it is not, its worker finds out as it attaches.
@@ -152,7 +157,7 @@ class _Assignment:
     kv: KVAddresses
     accelerator: Accelerator
     paged: FlashInfer | None
-    kernels: NativeKernels | None
+    kernels: TorchKernels
     stream: Streamer | None
     anchor: AnchorClient
     probe: FaultProbe
@@ -263,7 +268,7 @@ class Worker:
             ),
             accelerator=accelerator,
             paged=paged,
-            kernels=NativeKernels(Library(order.kernels, config.dtype)) if order.kernels else None,
+            kernels=_kernels(order, config, accelerator),
             stream=Streamer(order.kernels) if order.kernels else None,
             anchor=anchor,
             probe=probe,
@@ -431,15 +436,15 @@ class Worker:
             yield from huge_pages(a.weights, self._shard, buffer)
         if self._packed is not None:
             yield from pack(self._packed, a.geometry, self._shard, _destination(arena, buffer).view, a.stream)
+            return
+        with contextlib.suppress(CheckpointError):  # it was replaced, say: the next load tells, if there is one
+            yield from self._opened_checkpoint().map_ahead()
 
     def _source(self, name: str) -> Source:
         """[a thread of the load] The host's checkpoint, or the weights arena of a device."""
         a = self._assigned()
         if name == HOST_SOURCE:
-            if self._checkpoint is None:
-                check_weights(a.units)
-                self._checkpoint = Checkpoint.open(a.order.model_folder, a.units, a.order.fingerprint, a.stream)
-            source: Source = HostSource(self._checkpoint, self._packed)
+            source: Source = HostSource(self._opened_checkpoint(), self._packed)
             if a.accelerator.open_driver is not None:
                 source = StagedSource(source)
         elif name == a.device:
@@ -452,6 +457,14 @@ class Worker:
             return source
         fault = Fault(kind=strike.kind, at_byte=strike.at_byte, times=strike.times)
         return FaultySource(source, fault, on_fire=lambda: a.probe.record(strike))
+
+    def _opened_checkpoint(self) -> Checkpoint:
+        """[a thread of the load, or the idle work: never both]"""
+        a = self._assigned()
+        if self._checkpoint is None:
+            check_weights(a.units)
+            self._checkpoint = Checkpoint.open(a.order.model_folder, a.units, a.order.fingerprint, a.stream)
+        return self._checkpoint
 
     def _peer(self, device: str) -> Source:
         a = self._assigned()
@@ -622,7 +635,8 @@ class Worker:
             if self._decoder is None:
                 views = (weights, kv_cache)
                 parts = (a.units, layout, rank, *views, a.order.max_model_len, a.paged)
-                self._decoder = NativeDecoder(*parts, kernels=a.kernels) if a.kernels else Decoder(*parts)
+                make = NativeDecoder if isinstance(a.kernels, NativeKernels) else Decoder
+                self._decoder = make(*parts, kernels=a.kernels)
                 capture = a.accelerator.capture() if a.order.graphs else None
                 self._graphs = DecodeGraphs(self._decoder, capture) if capture else None
             else:
@@ -652,7 +666,7 @@ class Worker:
         make = GROUPS[a.order.collectives]
         store_path = Path(a.order.runtime_dir, f"{a.order.collectives}-{self._epoch}")
         slots = self._all_slots(devices) if a.order.collectives == "peer" else []
-        library = a.kernels.library if a.kernels else None
+        library = a.kernels.library if isinstance(a.kernels, NativeKernels) else None
         group = make(self._region, rank, GROUP_TIMEOUT_S, a.accelerator, str(store_path), slots, library)
         return _ProbedGroup(group, a.probe) if a.probe else group
 
@@ -759,6 +773,12 @@ class Worker:
         if self._region is not None:
             self._region.close()
         self._group = self._region = None
+
+
+def _kernels(order: m.Assign, config: ModelConfig, accelerator: Accelerator) -> TorchKernels:
+    if order.kernels:
+        return NativeKernels(Library(order.kernels, config.dtype))
+    return accelerator.fused(config) if order.triton else TorchKernels()
 
 
 def _destination(arena: Arena, buffer: torch.Tensor) -> Destination | DeviceDestination:

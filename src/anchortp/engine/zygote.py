@@ -77,7 +77,7 @@ def main() -> None:
         fd, notice_fd = received.fds
         child = os.fork()
         if child == 0:
-            serve = partial(worker.worker_main, gpus=received.message.gpus)
+            serve = partial(worker.worker_main, order=received.message)
             _become_worker(channel.fileno(), fd, notice_fd, options.controller, serve)
         os.close(fd)
         os.close(notice_fd)

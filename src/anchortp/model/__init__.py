@@ -3,6 +3,7 @@
 from anchortp.model.batch import BatchEntry, DecodeGroup, ForwardBatch, PrefillChunk
 from anchortp.model.decoder import Decoder
 from anchortp.model.graphs import Capture, CudaGraphs, DecodeGraphs
+from anchortp.model.kernels import TorchKernels
 from anchortp.model.kv_cache import KVCache
 from anchortp.model.native import NativeDecoder, NativeKernels
 from anchortp.model.weights import LayerWeights, WeightViews, check_weights
@@ -20,6 +21,7 @@ __all__ = [
     "NativeDecoder",
     "NativeKernels",
     "PrefillChunk",
+    "TorchKernels",
     "WeightViews",
     "check_weights",
 ]

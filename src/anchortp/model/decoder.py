@@ -17,7 +17,7 @@ from torch import Tensor
 
 from anchortp.layout import ATTENTION, KV, MLP, VOCAB, Layout, ModelUnits, Shard
 from anchortp.model.batch import SHORT_CHUNK_TOKENS, DecodeGroup, ForwardBatch, PrefillChunk, cut_groups
-from anchortp.model.kernels import TorchKernels
+from anchortp.model.kernels import Places, TorchKernels
 from anchortp.model.kv_cache import KVCache
 from anchortp.model.moe import MoE
 from anchortp.model.paged import Attend, FlashInfer
@@ -75,12 +75,9 @@ class _Context:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class Step(Places):
     """What all layers of one forward pass share."""
 
-    cache_slots: Tensor
-    cos: Tensor  # [rows, num_q + 2 * num_kv, head_dim]; the values' rows do not rotate
-    sin: Tensor
     attend: Attend | None  # by blocks where they lie; else decode and prefill say what to gather
     groups: tuple[_Context, ...]  # of several sequences, each with few queries
     chunks: tuple[_Context, ...]  # of one sequence each
@@ -166,13 +163,12 @@ class Decoder:
         heads = self._heads
         if attend is None and self.paged is not None and heads.num_q:
             attend = self.paged.plan(batch, self.num_heads)
-        angles = batch.positions.unsqueeze(1).repeat(1, heads.num_q + 2 * heads.num_kv)
-        angles[:, heads.num_q + 1 :: 2] = self._rope.identity
-        shape = (*angles.shape, self.config.head_dim)
+        cos, sin = self.kernels.rotation(self._rope, batch.positions, heads.num_q, heads.num_kv)
         return Step(
+            positions=batch.positions,
             cache_slots=batch.cache_slots,
-            cos=self._rope.cos.index_select(0, angles.flatten()).view(shape),
-            sin=self._rope.sin.index_select(0, angles.flatten()).view(shape),
+            cos=cos,
+            sin=sin,
             attend=attend,
             groups=() if attend else tuple(self._groups(batch)),
             chunks=()
@@ -249,44 +245,29 @@ class Decoder:
     def attention(self, index: int, layer: LayerWeights, x: Tensor, step: Step) -> Tensor:
         """Of the normalised `x`: partial `[rows, hidden]` of this rank's q heads; their keys and values go to the
         cache."""
-        heads = self._heads
-        if not heads.num_q:
+        if not self._heads.num_q:
             return torch.zeros_like(x)
-        projected = self._project(layer, x)
-        turned = (projected * step.cos).addcmul_(projected.roll(self.config.head_dim // 2, -1), step.sin)
         cache = self.kv_cache.layer(index)
-        planes = self._store(cache, turned[:, heads.num_q :], step)
-        queries = turned.index_select(1, heads.pick)
+        attended = self._attend(self._rotate_store(layer, x, cache, step), cache, step)
+        return self.kernels.times(attended.reshape(x.shape[0], -1), layer.o)
+
+    def _rotate_store(self, layer: LayerWeights, x: Tensor, cache: Tensor, step: Step) -> Tensor:
+        """The queries of `_attend`; k and v go to the cache."""
+        q, kv = self.kernels.linear(x, layer.q), self.kernels.linear(x, layer.kv)
+        norms = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+        return self.kernels.rotate_store(q, kv, norms, self.config.rms_eps, step, cache, self._heads.pick)
+
+    def _attend(self, queries: Tensor, cache: Tensor, step: Step) -> Tensor:
+        """`[rows, num_kv * G, head_dim]`, as `_Heads.pick` orders them -> what every q slot finds in the cache,
+        `[rows, num_q, head_dim]`."""
         if step.attend is not None:
             attended = step.attend(queries, cache)
         else:
+            planes = cache.view(cache.shape[0] * self.kv_cache.num_blocks, -1)  # a row per block
             parts = [self._attend_together(queries, planes, context) for context in step.groups]
             parts += [self._attend_alone(queries, planes, context) for context in step.chunks]
             attended = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if heads.back is not None:
-            attended = attended.index_select(1, heads.back)
-        return self.kernels.times(attended.reshape(x.shape[0], -1), layer.o)
-
-    def _project(self, layer: LayerWeights, x: Tensor) -> Tensor:
-        """`[rows, num_q + 2 * num_kv, head_dim]`: q of every q slot, then k and v of every KV slot."""
-        hd, num_q = self.config.head_dim, self._heads.num_q
-        q, kv = self.kernels.linear(x, layer.q), self.kernels.linear(x, layer.kv)
-        projected = torch.cat((q, kv), dim=1).view(x.shape[0], -1, hd)
-        if layer.q_norm is not None and layer.k_norm is not None:
-            norm = self.kernels.norm
-            projected[:, :num_q] = norm(q.view(x.shape[0], -1, hd), layer.q_norm, self.config.rms_eps)
-            keys = projected[:, num_q::2]
-            keys.copy_(norm(keys, layer.k_norm, self.config.rms_eps))
-        return projected
-
-    def _store(self, cache: Tensor, keys_values: Tensor, step: Step) -> Tensor:
-        """Writes `[rows, 2 * num_kv, head_dim]` into the cache of a layer -> its planes, a row per block."""
-        cache.index_copy_(1, step.cache_slots, keys_values.transpose(0, 1))
-        return self._planes(cache)
-
-    def _planes(self, cache: Tensor) -> Tensor:
-        """`[planes * blocks, block_size * head_dim]`, of a layer."""
-        return cache.view(cache.shape[0] * self.kv_cache.num_blocks, -1)
+        return attended if self._heads.back is None else attended.index_select(1, self._heads.back)
 
     def _attend_together(self, queries: Tensor, planes: Tensor, context: _Context) -> Tensor:
         """A few queries of each of several sequences -> `[rows, num_kv * G, head_dim]`."""

@@ -91,7 +91,6 @@ class KernelGroup(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _NativeStep(Step):
-    positions: Tensor
     pages: Pages
 
 
@@ -170,25 +169,17 @@ class NativeDecoder(Decoder):
     def prepare(self, batch: ForwardBatch, attend: object = None) -> _NativeStep:
         assert attend is None, "attention is ours"
         return _NativeStep(
+            positions=batch.positions,
             cache_slots=batch.cache_slots,
             cos=self._rope.cos,
             sin=self._rope.sin,
             attend=None,
             groups=(),
             chunks=(),
-            positions=batch.positions,
             pages=Pages.of_batch(batch),
         )
 
-    def attention(self, index: int, layer: LayerWeights, x: Tensor, step: Step) -> Tensor:
-        assert isinstance(step, _NativeStep)
-        if not self._heads.num_q:
-            return torch.zeros_like(x)
-        cache = self.kv_cache.layer(index)
-        attended = self._attend(self._rotate_store(layer, x, cache, step), cache, step.pages)
-        return self.kernels.times(attended.view(x.shape[0], -1), layer.o)
-
-    def _rotate_store(self, layer: LayerWeights, x: Tensor, cache: Tensor, step: _NativeStep) -> Tensor:
+    def _rotate_store(self, layer: LayerWeights, x: Tensor, cache: Tensor, step: Step) -> Tensor:
         """q of every q slot, turned, `[rows, num_q, head_dim]`; k and v go to the cache."""
         heads, hd = self._heads, self.config.head_dim
         q, kv = self.kernels.linear(x, layer.q), self.kernels.linear(x, layer.kv)
@@ -213,8 +204,10 @@ class NativeDecoder(Decoder):
         )
         return out
 
-    def _attend(self, queries: Tensor, cache: Tensor, pages: Pages) -> Tensor:
+    def _attend(self, queries: Tensor, cache: Tensor, step: Step) -> Tensor:
         """As `queries`: what they find in the cache."""
+        assert isinstance(step, _NativeStep)
+        pages = step.pages
         out = torch.empty_like(queries)
         self.kernels.library.attend(
             queries.data_ptr(),
