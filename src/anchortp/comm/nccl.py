@@ -1,8 +1,9 @@
 """The same collectives over NCCL, for ranks with a GPU each [worker].
 
 `torch.distributed.ProcessGroupNCCL` is used as an object, without `init_process_group`. Its communicator is
-non-blocking (`config.blocking = 0`), so that no call into NCCL can hang this process's thread; what runs on the GPU
-is awaited by polling, with the region's abort flag and the timeout.
+non-blocking (`config.blocking = 0`), and what runs on the GPU is awaited by polling, with the region's abort flag and
+the timeout. Two of torch's calls may wait for peers all the same: the first collective makes the communicator, so it is
+called on a thread of its own; and the first of its kind connects, so no collective begins before every rank is at it.
 
 Not run on GPUs yet but for a group of one; see docs/cuda.md. What cannot be aborted is not waited for: the worker is
 fenced by SIGKILL, which costs it nothing but its process, as its memory is the anchor's.
@@ -14,7 +15,9 @@ import math
 import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,20 +51,22 @@ class NcclGroup:
         self._device = device
         self._rendezvous = Rendezvous(region, rank, timeout_s)
         self._process_group: dist.ProcessGroupNCCL | None = None
-        # Forming the communicator looks at no abort flag, so wait for everybody first.
-        self._arrive(_BARRIER)
-        self._rendezvous.wait(_BARRIER)
-        self._process_group = self._connect(store_path, timeout_s)
+        try:
+            self._arrive(_BARRIER)
+            self._rendezvous.wait(_BARRIER)
+            self._process_group = self._connect(store_path, timeout_s)
+            self._gather_all(torch.zeros(1, device=device), _BARRIER, forming=True)
+        except BaseException:
+            self.close()  # nobody else has this object, and what is half made holds memory and a thread
+            raise
 
     def _connect(self, store_path: str, timeout_s: float) -> dist.ProcessGroupNCCL:
         options = dist.ProcessGroupNCCL.Options()
         options._timeout = timedelta(seconds=timeout_s + _NCCL_GRACE_S)
         options.config.blocking = 0
-        store = dist.PrefixStore(f"epoch-{self.epoch}", dist.FileStore(store_path, self.size))
-        group = dist.ProcessGroupNCCL(store, self.rank, self.size, options)
-        self._process_group = group
-        self._gather_all(torch.zeros(1, device=self._device), _BARRIER)  # the communicator is made by its first use
-        return group
+        file_store = dist.FileStore(store_path, self.size)
+        file_store.set_timeout(options._timeout)
+        return dist.ProcessGroupNCCL(dist.PrefixStore(f"epoch-{self.epoch}", file_store), self.rank, self.size, options)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         assert x.dtype in (torch.float32, torch.bfloat16), x.dtype
@@ -87,28 +92,42 @@ class NcclGroup:
     def barrier(self) -> None:
         self._gather_all(torch.zeros(1, device=self._device), _BARRIER)
 
-    def _gather_all(self, x: Tensor, tag: int) -> list[Tensor]:
+    def _gather_all(self, x: Tensor, tag: int, *, forming: bool = False) -> list[Tensor]:
+        group = self._process_group
+        assert group is not None, "the group is closed"
         outs = [torch.empty_like(x) for _ in range(self.size)]
         self._arrive(tag)
-        self._finish(lambda group: group.allgather([outs], [x]))
+        self._rendezvous.wait(tag)
+        try:
+            work = self._aside(group.allgather, [outs], [x]) if forming else group.allgather([outs], [x])
+            self._rendezvous.poll(work.is_completed)
+            work.wait()  # orders the current stream after it; nothing is left to wait for
+        except dist.DistError as error:
+            self._region.check()
+            raise GroupAborted(self.epoch, f"NCCL lost a peer: {str(error).splitlines()[0]}") from error
         return outs
+
+    def _aside(self, work: Callable[..., Any], *args: object) -> Any:
+        """What `work(*args)` returns or raises. It runs on a thread of its own, which ends by NCCL's timeout at last;
+        the wait for it ends by the flag too."""
+        outcome: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(work(*args))
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        threading.Thread(target=run, name=f"nccl-form-{self.epoch}", daemon=True).start()
+        self._rendezvous.poll(outcome.done)
+        return outcome.result()
 
     def _arrive(self, tag: int) -> None:
         self._rendezvous.begin()
         self._rendezvous.arrive(tag)
 
-    def _finish(self, start: Callable[[dist.ProcessGroupNCCL], dist.Work]) -> None:
-        assert self._process_group is not None, "the group is closed"
-        try:
-            work = start(self._process_group)
-            self._rendezvous.poll(work.is_completed)
-            work.wait()  # orders the current stream after it; nothing is left to wait for
-        except dist.DistBackendError as error:
-            self._region.check()
-            raise GroupAborted(self.epoch, f"NCCL lost a peer: {str(error).splitlines()[0]}") from error
-
     def close(self) -> None:
         if self._process_group is not None:
-            # In a thread: aborting waits for the kernels of the communicator to leave the GPU.
+            # In a thread: aborting waits for the communicator's kernels to leave the GPU, and for who is making it.
             group, self._process_group = self._process_group, None
             threading.Thread(target=group.abort, name=f"nccl-abort-{self.epoch}", daemon=True).start()
