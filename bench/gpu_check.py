@@ -36,7 +36,7 @@ NEEDED = (
 )
 TEST_TIMEOUT_S = 230
 # Together with the tests under a quarter of an hour, whatever hangs; without the last under ten minutes.
-SECTION_TIMEOUT_S = {"memory": 60, "survival": 75, "collectives": 60, "engine": 120, "qwen3_8b": 300}
+SECTION_TIMEOUT_S = {"memory": 60, "survival": 75, "collectives": 60, "attention": 45, "engine": 120, "qwen3_8b": 300}
 
 
 def missing() -> str:

@@ -170,8 +170,7 @@ def decode_with_and_without_graphs(
     units = model_units(load_model_config(folder))
     layout = initial_layout(units, [f"cpu:{rank}" for rank in range(group.size)])
     plain, graphed = (_decoder_of(folder, units, layout, group.rank, accelerator) for _ in range(2))
-    if attention == "flashinfer":
-        graphed.paged = accelerator.paged(units.config, BLOCK_SIZE)
+    graphed.paged = accelerator.paged(attention, units.config, BLOCK_SIZE)
     capture, num_captured, largest = accelerator.capture(), 0, 0.0
     assert capture is not None
     graphs = DecodeGraphs(graphed, capture)

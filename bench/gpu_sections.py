@@ -359,10 +359,18 @@ def qwen3_8b(scale: Scale, runtime_dir: Path) -> dict[str, Any]:
     return run_numbers(scale, runtime_dir)
 
 
+def attention(scale: Scale, runtime_dir: Path) -> dict[str, Any]:
+    """A layer's attention by multiplied matrices, by torch's fused one, and by FlashInfer where it is installed."""
+    from bench import gpu_attention
+
+    return gpu_attention.attention(scale)
+
+
 SECTIONS = {
     "memory": memory,
     "survival": survival,
     "collectives": collectives,
+    "attention": attention,
     "engine": engine,
     "qwen3_8b": qwen3_8b,
 }

@@ -295,7 +295,7 @@ class EngineConfig:
     plan_policy: Literal["makespan", "units", "cmm", "greedy"] = "makespan"
     eplb: bool = True  # of a mixture of experts: replicate hot ones where memory allows
     eplb_interval_s: float = 10.0
-    attention: Literal["torch", "flashinfer"] = "torch"
+    attention: Literal["torch", "sdpa", "flashinfer"] = "torch"  # see `model.paged`; "torch": matrices, multiplied
     kernels: str = ""  # the library of our own kernels (`anchortp.native`); "": torch's
     cuda_graphs: bool = True  # on GPUs decode steps are captured and replayed
     eplb_replica_choices: float | None = None  # see `eplb.Limits.choices_per_replica`; None: by the kind of device
@@ -350,7 +350,7 @@ def resolve_engine_config(
     max_batch_tokens: int = 512,
     kv_block_size: int = 16,
     collectives: str = "auto",
-    attention: str = "torch",
+    attention: str = "auto",
     kernels: str = "auto",
     **more: Any,
 ) -> EngineConfig:
@@ -361,7 +361,8 @@ def resolve_engine_config(
     but at most 8192. `kv_tokens`: every sequence at full length. `kv_mirror`: "host" or "off"; `kv_mirror_bytes`:
     room for the whole KV cache, but at most a tenth of the free memory. `expert_cut`: see `MoEConfig.cut`.
     `collectives`: shared memory on the host; on GPUs NCCL, and memory that all map where devices share a GPU.
-    `attention`: torch's kernels on gathered blocks, or on GPUs the package FlashInfer. `kernels`: on CPU devices
+    `attention`: on GPUs "sdpa" is torch's fused attention and "flashinfer" that package's; "torch" multiplies matrices;
+    "auto": sdpa on GPUs, and torch elsewhere. `kernels`: on CPU devices
     "native", which a C++ compiler makes once (`anchortp.native`), "torch", or "auto": native where they can be made.
     Raises ConfigError.
     """
@@ -382,7 +383,6 @@ def resolve_engine_config(
     kv_tokens = kv_tokens or max_num_seqs * max_model_len
     if kv_tokens < max_model_len:
         raise ConfigError(f"kv_tokens is {kv_tokens}; one sequence alone may take {max_model_len} (max_model_len).")
-    _check_attention(attention, model, parsed[0].kind)
     cores = len(os.sched_getaffinity(0))
     kv_blocks = -(-kv_tokens // kv_block_size)
     return EngineConfig(
@@ -390,7 +390,7 @@ def resolve_engine_config(
         runtime_dir=str(runtime_dir),
         model=model,
         devices=devices,
-        attention=attention,  # type: ignore[arg-type]
+        attention=_resolve_attention(attention, model, parsed[0].kind),  # type: ignore[arg-type]
         kernels=_resolve_kernels(kernels, parsed[0].kind),
         device_memory_bytes=device_memory_bytes or int(0.8 * _available_bytes() / len(devices)),
         max_model_len=max_model_len,
@@ -417,21 +417,24 @@ def _resolve_collectives(collectives: str, devices: tuple[Device, ...]) -> str:
     return collectives
 
 
-def _check_attention(attention: str, model: ModelConfig, kind: str) -> None:
-    if attention not in ("torch", "flashinfer"):
-        raise ConfigError(f"attention is {attention!r}; choose 'torch' or 'flashinfer'.")
-    if attention == "torch":
-        return
+def _resolve_attention(attention: str, model: ModelConfig, kind: str) -> str:
+    if attention not in ("auto", "torch", "sdpa", "flashinfer"):
+        raise ConfigError(f"attention is {attention!r}; choose 'auto', 'torch', 'sdpa' or 'flashinfer'.")
+    if attention == "auto":
+        return "sdpa" if kind == "cuda" else "torch"
     why = ""
-    if kind != "cuda":
+    if attention == "sdpa" and kind == "cpu":
+        why = "CPU devices have a faster one"
+    elif attention == "flashinfer" and kind != "cuda":
         why = f"the devices are of kind {kind}"
-    elif model.dtype != "bfloat16" or model.head_dim not in FLASHINFER_HEAD_DIMS:
+    elif attention == "flashinfer" and (model.dtype != "bfloat16" or model.head_dim not in FLASHINFER_HEAD_DIMS):
         dims = ", ".join(map(str, FLASHINFER_HEAD_DIMS))
         why = f"heads are of {model.head_dim} in {model.dtype}, and it serves heads of {dims} in bfloat16"
-    elif importlib.util.find_spec("flashinfer") is None:
+    elif attention == "flashinfer" and importlib.util.find_spec("flashinfer") is None:
         why = "the package flashinfer-python is not installed"
     if why:
-        raise ConfigError(f"attention 'flashinfer' cannot be used: {why}; choose 'torch'.")
+        raise ConfigError(f"attention {attention!r} cannot be used: {why}; choose 'auto'.")
+    return attention
 
 
 def _resolve_kernels(kernels: str, kind: str) -> str:

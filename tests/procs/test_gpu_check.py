@@ -34,7 +34,7 @@ def test_without_a_gpu_it_says_so_and_is_content():
 
 def test_every_measurement_runs_on_simulated_devices(tmp_path):
     result, told = gpu_check(
-        "--kind", "sim", "--reports", str(tmp_path), "--parts", "memory,survival,collectives,engine"
+        "--kind", "sim", "--reports", str(tmp_path), "--parts", "memory,survival,collectives,attention,engine"
     )
     figures = {name: part["figures"] for name, part in result["parts"].items()}
     assert figures["memory"]["num_chunks"] == 256 and figures["memory"]["peer_arena_to_arena_bytes_per_s"] > 0
@@ -44,6 +44,8 @@ def test_every_measurement_runs_on_simulated_devices(tmp_path):
     assert figures["collectives"][graphs]["num_captured"] == 5
     assert figures["collectives"][graphs]["largest_difference"] < 1e-3
     assert set(reduces) == {f"{kind}, {num} ranks" for kind in ("peer", "shm") for num in (2, 4)}
+    assert len(figures["attention"]) == 4
+    assert all(case["sdpa_s"] > 0 and case["sdpa_largest_difference"] < 1e-4 for case in figures["attention"].values())
     for kind in ("lost", "crash"):
         struck = figures["engine"][kind]
         assert struck["failed"] == [] and struck["same_answers"] == struck["num_answers"] == 8

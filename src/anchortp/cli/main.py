@@ -53,7 +53,9 @@ class KernelsBy(StrEnum):
 
 
 class AttentionBy(StrEnum):
+    auto = "auto"
     torch = "torch"
+    sdpa = "sdpa"
     flashinfer = "flashinfer"
 
 
@@ -140,8 +142,8 @@ def serve(
     ] = PlanPolicy.makespan,
     eplb: Annotated[bool, typer.Option(help="Of a mixture of experts: replicate hot ones where memory allows.")] = True,
     eplb_interval: Annotated[float, typer.Option(help="Seconds between two looks at the experts' load.")] = 10.0,
-    attention: Annotated[AttentionBy, typer.Option(help="flashinfer: where it is installed, on GPUs.")] = (
-        AttentionBy.torch
+    attention: Annotated[AttentionBy, typer.Option(help="On GPUs: auto and sdpa are torch's fused one.")] = (
+        AttentionBy.auto
     ),
     kernels: Annotated[
         KernelsBy,

@@ -17,7 +17,7 @@ from anchortp.comm.peer import mark_stream
 from anchortp.config import ModelConfig
 from anchortp.devices import Device
 from anchortp.model import Capture, CudaGraphs
-from anchortp.model.paged import FlashInfer, open_flashinfer
+from anchortp.model.paged import FlashInfer, Sdpa, open_flashinfer
 from anchortp.native import Library
 
 
@@ -71,8 +71,13 @@ class Accelerator:
             return CudaGraphs(self.torch_device, self.alone)
         return None if self.open_driver is None else _compute_again
 
-    def paged(self, config: ModelConfig, block_size: int) -> FlashInfer:
-        assert self.torch_device is not None, "config lets it through for GPUs alone"
+    def paged(self, attention: str, config: ModelConfig, block_size: int) -> FlashInfer | Sdpa | None:
+        """The library by which a decoder attends; None for its own matrices."""
+        if attention == "torch":
+            return None
+        if attention == "sdpa":
+            return Sdpa(config, block_size)
+        assert self.torch_device is not None, "config lets FlashInfer through for GPUs alone"
         return open_flashinfer(config, block_size, self.torch_device)
 
     def mark(self) -> Callable[[], bool]:

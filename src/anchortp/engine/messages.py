@@ -24,7 +24,7 @@ class Assign(_Message):
     """Become the worker of `device`: connect to its anchor and take the lease. -> WorkerAttached
 
     `packed_folder`: where weights are kept as arenas hold them (`transfer.packed`); "": nowhere. `graphs`:
-    capture decode steps, on GPUs. `attention`: "torch" or "flashinfer". `kernels`: the library of our own, "": torch's.
+    capture decode steps, on GPUs. `attention`: as in `EngineConfig`. `kernels`: the library of our own, "": torch's.
     """
 
     device: str

@@ -65,7 +65,7 @@ from anchortp.model import (
     panels,
 )
 from anchortp.model.decoder import Gate
-from anchortp.model.paged import FlashInfer
+from anchortp.model.paged import FlashInfer, Sdpa
 from anchortp.native import Library
 from anchortp.plan.plan import FromHost, FromPeer, Move
 from anchortp.recovery.change import arrangement
@@ -151,7 +151,7 @@ class _Assignment:
     geometry: Geometry
     kv: KVAddresses
     accelerator: Accelerator
-    paged: FlashInfer | None
+    paged: FlashInfer | Sdpa | None
     kernels: NativeKernels | None
     stream: Streamer | None
     anchor: AnchorClient
@@ -250,7 +250,7 @@ class Worker:
         probe = FaultProbe(order.strikes, order.runtime_dir, lambda kind: _inject(order, kind))
         addresses = WeightAddresses(units=units, page_bytes=device.page_bytes)
         accelerator = Accelerator.of(device)
-        paged = accelerator.paged(config, order.kv_block_size) if order.attention == "flashinfer" else None
+        paged = accelerator.paged(order.attention, config, order.kv_block_size)
         self._assignment = _Assignment(
             device=order.device,
             units=units,
