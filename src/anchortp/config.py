@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,9 @@ from anchortp.errors import ConfigError, UnsupportedModel
 from anchortp.native import build_kernels, cpu_flags
 
 DType = Literal["bfloat16", "float32"]
+GROUPS_WITH_SLOTS = ("peer", "mixed")  # that sum in memory of the devices' own
+# What "mixed" moves at most without NCCL, per rank: the sum of a decode step of 16 sequences of hidden size 4096.
+MIXED_SLOT_BYTES = 256 << 10
 FLASHINFER_HEAD_DIMS = (64, 128, 256)  # that it is compiled for
 _CACHE_LINE_BYTES = 64  # to which slots are rounded up
 
@@ -291,7 +295,7 @@ class EngineConfig:
     kv_blocks: int = 2048
     num_spares: int = 1
     threads_per_worker: int = 1
-    collectives: Literal["shm", "gloo", "peer", "nccl"] = "shm"
+    collectives: Literal["shm", "gloo", "peer", "nccl", "mixed"] = "shm"
     plan_policy: Literal["makespan", "units", "cmm", "greedy"] = "makespan"
     eplb: bool = True  # of a mixture of experts: replicate hot ones where memory allows
     eplb_interval_s: float = 10.0
@@ -317,13 +321,15 @@ class EngineConfig:
 
     @property
     def slot_bytes(self) -> int:
-        """Room for the largest all-reduce, one step's hidden states in float32; larger gathers go in pieces."""
-        return self.max_batch_tokens * self.model.hidden_size * 4
+        """Room for the largest all-reduce, one step's hidden states in float32; larger gathers go in pieces. Of "mixed"
+        groups the largest that is summed there."""
+        largest = self.max_batch_tokens * self.model.hidden_size * 4
+        return min(largest, MIXED_SLOT_BYTES) if self.collectives == "mixed" else largest
 
     @property
     def peer_slots_bytes(self) -> int:
         """What collectives take of each device's own memory: two slots, as `comm.peer` wants them."""
-        if self.collectives != "peer":
+        if self.collectives not in GROUPS_WITH_SLOTS:
             return 0
         return -(-2 * (self.slot_bytes + _CACHE_LINE_BYTES) // self.page_bytes) * self.page_bytes
 
@@ -360,7 +366,8 @@ def resolve_engine_config(
     `device_memory_bytes`: an equal share of 80 % of the memory that is free now. `max_model_len`: the model's,
     but at most 8192. `kv_tokens`: every sequence at full length. `kv_mirror`: "host" or "off"; `kv_mirror_bytes`:
     room for the whole KV cache, but at most a tenth of the free memory. `expert_cut`: see `MoEConfig.cut`.
-    `collectives`: shared memory on the host; on GPUs NCCL, and memory that all map where devices share a GPU.
+    `collectives`: shared memory on the host; on GPUs memory that all map where devices share one, else NCCL, and beside
+    it such memory for small messages where the driver says that the GPUs can use each other's.
     `attention`: on GPUs "sdpa" is torch's fused attention and "flashinfer" that package's; "torch" multiplies matrices;
     "auto": sdpa on GPUs, and torch elsewhere. `kernels`: on CPU devices
     "native", which a C++ compiler makes once (`anchortp.native`), "torch", or "auto": native where they can be made.
@@ -408,13 +415,37 @@ def resolve_engine_config(
 def _resolve_collectives(collectives: str, devices: tuple[Device, ...]) -> str:
     kind, share = devices[0].kind, any(device.part is not None for device in devices)
     if collectives == "auto":
-        return "shm" if kind != "cuda" else "peer" if share else "nccl"
-    fitting = {"cpu": ("shm", "gloo"), "sim": ("shm", "gloo", "peer"), "cuda": ("shm", "peer", "nccl")}[kind]
-    if collectives not in fitting or (collectives == "nccl" and share):
-        why = "NCCL wants a GPU per rank" if collectives == "nccl" and share else f"{kind} devices have not that kind"
-        choices = ", ".join(name for name in fitting if not (share and name == "nccl"))
-        raise ConfigError(f"collectives {collectives!r}: {why}; choose auto, or one of {choices}.")
+        if kind != "cuda" or share:
+            return "shm" if kind != "cuda" else "peer"
+        separate = "there is one rank" if len(devices) == 1 else _separate_gpus(devices)
+        log.info("collectives: %s", f"NCCL alone, as {separate}" if separate else "NCCL, small ones in mapped memory")
+        return "nccl" if separate else "mixed"
+    gpu_kinds = ("shm", "peer") if share else ("shm", "peer", "nccl", "mixed")
+    fitting = {"cpu": ("shm", "gloo"), "sim": ("shm", "gloo", "peer"), "cuda": gpu_kinds}[kind]
+    why = ""
+    if collectives not in fitting:
+        is_nccl = share and collectives in ("nccl", "mixed")
+        why = "NCCL wants a GPU per rank" if is_nccl else f"{kind} devices have not that kind"
+    elif collectives in GROUPS_WITH_SLOTS and kind == "cuda" and (why := _separate_gpus(devices)):
+        fitting = tuple(name for name in fitting if name not in GROUPS_WITH_SLOTS)
+    if why:
+        raise ConfigError(f"collectives {collectives!r}: {why}; choose auto, or one of {', '.join(fitting)}.")
     return collectives
+
+
+def _separate_gpus(devices: tuple[Device, ...]) -> str:
+    """Why the ranks' GPUs cannot all use each other's memory, by the driver's word; "" if they can."""
+    pairs = permutations(sorted({device.index for device in devices}), 2)
+    try:
+        return next((f"GPU {a} cannot use the memory of GPU {b}" for a, b in pairs if not _reaches(a, b)), "")
+    except ConfigError as error:
+        return f"the driver cannot be asked: {error}"
+
+
+def _reaches(gpu: int, other: int) -> bool:
+    from anchortp.arena.cuda import open_cuda  # not without a GPU: it is an extra, and this module is everyone's
+
+    return open_cuda(gpu).reaches(other)
 
 
 def _resolve_attention(attention: str, model: ModelConfig, kind: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from anchortp.comm import NcclGroup, ShmRegion
+from anchortp.comm import MixedGroup, NcclGroup, PeerGroup, ShmRegion
 from anchortp.comm import nccl as nccl_module
 from anchortp.errors import GroupAborted
 from tests.nccl_fake import FakeNccl
@@ -98,6 +99,60 @@ def test_sums_in_the_order_of_the_ranks_and_gathers(nccl, epochs):
     assert all(torch.equal(total, summed(parts)) for total, _ in found)
     assert found[0][1] is None and [tuple(part.shape) for part in found[1][1]] == [(3, 1), (3, 2), (3, 3)]
     wait_until(lambda: all(group.is_aborted for group in nccl.made))
+
+
+class LateDevice:
+    """Copies into slots and sums come through at once here; what is asked of it says so late."""
+
+    def __init__(self):
+        self.num_marks = 0
+
+    def mark(self) -> Callable[[], bool]:
+        self.num_marks += 1
+        waits = [None] * (self.num_marks % 3)
+        return lambda: not (waits and [waits.pop()])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_mixed_group_gives_the_same_bits_whichever_way_a_message_goes(nccl, epochs, seed):
+    """Any order of collectives, just below and just above what the small way takes; the flags are those of both."""
+    size, rng = 3, random.Random(seed)
+    epoch = epochs(1, size)
+    limit = epoch.region.slot_bytes
+    memory = [torch.zeros(2 * limit, dtype=torch.uint8) for _ in range(size)]
+    dtypes = (torch.float32, torch.bfloat16)
+    plan = [
+        (rng.choice("sgb"), rng.choice(dtypes), rng.choice((1, limit // 4, limit // 4 + 1, limit // 2, limit // 2 + 1)))
+        for _ in range(40)
+    ]
+
+    def part(step: int, rank: int) -> torch.Tensor:
+        _, dtype, num = plan[step]
+        generator = torch.Generator().manual_seed(100 * step + rank)
+        return (torch.randn(1, num, generator=generator) * 10.0 ** (rank - 1)).to(dtype)
+
+    def work(large: NcclGroup) -> tuple[int, int]:
+        region, device = large._region, LateDevice()
+        small = PeerGroup(region, large.rank, DEADLINE_S, memory, mark=device.mark, rendezvous=large.rendezvous)
+        group = MixedGroup(small, large, limit)
+        for step, (kind, dtype, _) in enumerate(plan):
+            parts = [part(step, rank) for rank in range(size)]
+            if kind == "s":
+                found = group.all_reduce(parts[group.rank].clone())
+                wanted = summed([x.float() for x in parts]).to(dtype)
+                assert torch.equal(found, wanted), plan[step]
+            elif kind == "g":
+                found = group.gather(parts[group.rank], [parts[0].shape[1]] * size, root=step % size)
+                assert (found is None) == (group.rank != step % size)
+                assert found is None or all(map(torch.equal, found, parts)), plan[step]
+            else:
+                group.barrier()
+        return device.num_marks, large._process_group._num_rounds
+
+    (marks, rounds), *others = [f.result(DEADLINE_S) for f in [epoch.run(rank, work) for rank in range(size)]]
+    num_small = sum(num * (4 if kind == "s" else dtype.itemsize) <= limit or kind == "b" for kind, dtype, num in plan)
+    assert rounds == 1 + len(plan) - num_small and marks == num_small, "each message went its way"
+    assert set(others) == {(marks, rounds)}
 
 
 def test_a_peer_that_dies_while_the_communicator_is_made_costs_the_others_no_wait(nccl, epochs):

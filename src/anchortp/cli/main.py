@@ -82,6 +82,7 @@ class Collectives(StrEnum):
     gloo = "gloo"
     peer = "peer"
     nccl = "nccl"
+    mixed = "mixed"
 
 
 @app.command()
@@ -135,7 +136,7 @@ def serve(
     ] = None,
     spares: Annotated[int, typer.Option(help="Warm processes that wait to replace a worker.", min=0)] = 1,
     collectives: Annotated[
-        Collectives, typer.Option(help="auto: shm on the host; on GPUs nccl, or peer where devices share one.")
+        Collectives, typer.Option(help="auto: shm on the host; on GPUs nccl or mixed, or peer where devices share one.")
     ] = Collectives.auto,
     plan_policy: Annotated[
         PlanPolicy, typer.Option(help="Who plans recoveries; cmm is the paper's. See `anchortp plan`.")

@@ -37,7 +37,7 @@ class NcclGroup:
     """A `Group` whose bytes go through NCCL. Sums are gathered and added in rank order, as everywhere.
 
     `store_path`: as for `GlooGroup`. `device`: this rank's GPU, no other rank's. The constructor waits for every
-    rank. Raises ConfigError where torch was built without NCCL.
+    rank. Raises ConfigError where torch was built without NCCL. `rendezvous` is for a group that takes turns with it.
     """
 
     def __init__(self, region: ShmRegion, rank: int, timeout_s: float, *, store_path: str, device: torch.device):
@@ -49,7 +49,7 @@ class NcclGroup:
         self.size = region.size
         self._region = region
         self._device = device
-        self._rendezvous = Rendezvous(region, rank, timeout_s)
+        self.rendezvous = self._rendezvous = Rendezvous(region, rank, timeout_s)
         self._process_group: dist.ProcessGroupNCCL | None = None
         try:
             self._arrive(_BARRIER)

@@ -23,10 +23,10 @@ import torch
 
 from anchortp.arena import IntervalSet, MemfdArena, PinnedMapping
 from anchortp.comm import Group, ShmRegion
-from anchortp.config import load_model_config
+from anchortp.config import GROUPS_WITH_SLOTS, load_model_config
 from anchortp.devices import Device, parse_device
 from anchortp.engine import messages as m
-from anchortp.engine.accelerator import GROUPS, Accelerator
+from anchortp.engine.accelerator import GROUPS, Accelerator, Formation
 from anchortp.engine.device_errors import verdict_of
 from anchortp.engine.faults import FaultProbe
 from anchortp.engine.kv_blocks import KVBlocks, Pair
@@ -651,11 +651,17 @@ class Worker:
     def _make_group(self, rank: int, devices: Sequence[str]) -> Group:
         a = self._assigned()
         assert self._region is not None
-        make = GROUPS[a.order.collectives]
         store_path = Path(a.order.runtime_dir, f"{a.order.collectives}-{self._epoch}")
-        slots = self._all_slots(devices) if a.order.collectives == "peer" else []
-        library = a.kernels.library if a.kernels else None
-        group = make(self._region, rank, GROUP_TIMEOUT_S, a.accelerator, str(store_path), slots, library)
+        formation = Formation(
+            region=self._region,
+            rank=rank,
+            timeout_s=GROUP_TIMEOUT_S,
+            members=tuple(devices),
+            store_path=str(store_path),
+            slots=self._all_slots(devices) if a.order.collectives in GROUPS_WITH_SLOTS else [],
+            library=a.kernels.library if a.kernels else None,
+        )
+        group = GROUPS[a.order.collectives](formation, a.accelerator)
         return _ProbedGroup(group, a.probe) if a.probe else group
 
     def _all_slots(self, devices: Sequence[str]) -> list[torch.Tensor]:
