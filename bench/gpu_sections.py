@@ -338,11 +338,15 @@ def _reduce_latency(group: Any, accelerator: Accelerator, hidden: int, repeats: 
 
 
 def _nccl_alone(group: Any, accelerator: Accelerator) -> dict[str, Any]:
-    """One rank: the names of torch's NCCL interface are right, and the communicator comes up and goes."""
+    """One rank: the names of torch's NCCL interface are right, the communicator comes up, and an abort ends it."""
     parts = group.gather(torch.ones(2, 3, device=accelerator.torch_device), [3])
     group.barrier()
-    closing_s = _seconds(group.close)
-    return {"gathered": [tuple(part.shape) for part in parts], "close_s": closing_s}
+    communicator = group._process_group
+    return {
+        "gathered": [tuple(part.shape) for part in parts],
+        "can_shrink": bool(communicator.supports_shrinking),
+        "abort_s": _seconds(communicator.abort),
+    }
 
 
 def engine(scale: Scale, runtime_dir: Path) -> dict[str, Any]:

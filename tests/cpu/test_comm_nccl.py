@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from anchortp.comm import MixedGroup, NcclGroup, PeerGroup, ShmRegion
+from anchortp.comm import Kept, MixedGroup, NcclGroup, PeerGroup, ShmRegion
 from anchortp.comm import nccl as nccl_module
 from anchortp.errors import GroupAborted
 from tests.nccl_fake import FakeNccl
@@ -29,19 +29,22 @@ def nccl(monkeypatch):
 
 
 class Epoch:
-    """A region, and ranks that are threads: `run(rank, work)` gives a future of `work(group)`."""
+    """A region, and ranks that are threads: `run(rank, work)` gives a future of `work(group)`. `kept`: what each rank's
+    worker has of earlier epochs; `members`: the workers' devices."""
 
-    def __init__(self, epoch: int, size: int):
-        self.epoch = epoch
+    def __init__(self, epoch: int, size: int, members: str = "abcd", kept: dict[str, Kept] | None = None):
+        self.epoch, self.members = epoch, members[:size]
+        self.kept = kept if kept is not None else {member: Kept() for member in self.members}
         self.region = ShmRegion.create(epoch, size, 1024)
 
     def run(self, rank: int, work: Callable[[NcclGroup], Any], *, timeout_s: float = DEADLINE_S) -> Future:
         outcome: Future = Future()
+        more = {"store_path": "store", "device": CPU, "members": self.members, "kept": self.kept[self.members[rank]]}
 
         def main() -> None:
             region = ShmRegion.attach(self.region.fd, epoch=self.epoch)
             try:
-                group = NcclGroup(region, rank, timeout_s, store_path="store", device=CPU)
+                group = NcclGroup(region, rank, timeout_s, **more)
                 try:
                     outcome.set_result(work(group))
                 finally:
@@ -59,8 +62,8 @@ class Epoch:
 def epochs():
     made: list[Epoch] = []
 
-    def make(epoch: int, size: int) -> Epoch:
-        made.append(Epoch(epoch, size))
+    def make(*args: Any) -> Epoch:
+        made.append(Epoch(*args))
         return made[-1]
 
     yield make
@@ -98,7 +101,7 @@ def test_sums_in_the_order_of_the_ranks_and_gathers(nccl, epochs):
     found = [f.result(DEADLINE_S) for f in [epoch.run(rank, work) for rank in range(3)]]
     assert all(torch.equal(total, summed(parts)) for total, _ in found)
     assert found[0][1] is None and [tuple(part.shape) for part in found[1][1]] == [(3, 1), (3, 2), (3, 3)]
-    wait_until(lambda: all(group.is_aborted for group in nccl.made))
+    assert not any(group.is_aborted for group in nccl.made), "idle ones are kept"
 
 
 class LateDevice:
@@ -195,3 +198,116 @@ def test_no_collective_begins_before_every_rank_is_at_it(nccl, epochs):
     first.result(DEADLINE_S)
     go.set()
     second.result(DEADLINE_S)
+
+
+# ------------------------------------------------------------------------------------------------- from epoch to epoch
+
+
+def step(epoch: Epoch) -> list[Any]:
+    """All ranks sum; returns their process groups, each epoch's group being closed by then."""
+
+    def work(group: NcclGroup) -> Any:
+        parts = parts_of(group.size)
+        assert torch.equal(group.all_reduce(parts[group.rank].clone()), summed(parts))
+        return group._process_group
+
+    outcomes = [epoch.run(rank, work) for rank in range(len(epoch.members))]
+    return [outcome.result(DEADLINE_S) for outcome in outcomes]
+
+
+@pytest.fixture
+def kept():
+    return {member: Kept() for member in "abcd"}
+
+
+def test_after_a_loss_the_survivors_shrink_what_they_have(nccl, epochs, kept):
+    first = step(epochs(1, 4, "abcd", kept))
+    second = step(epochs(2, 3, "acd", kept))
+    assert nccl.num_initialised == 4, "no communicator was made anew"
+    assert not set(second) & set(first) and [(g.rank(), g.size()) for g in second] == [(0, 3), (1, 3), (2, 3)]
+    wait_until(lambda: all(first[rank].is_aborted for rank in (0, 2, 3)))
+    third = step(epochs(4, 1, "d", kept))  # two more at once, and an epoch without a group in between
+    assert nccl.num_initialised == 4 and third[0].size() == 1 and not third[0].is_aborted
+
+
+def test_another_layout_of_the_same_workers_needs_no_other_communicator(nccl, epochs, kept):
+    first = step(epochs(1, 3, "abc", kept))
+    assert step(epochs(2, 3, "abc", kept)) == first and step(epochs(5, 3, "abc", kept)) == first
+    assert not any(group.is_aborted for group in first)
+
+
+@pytest.mark.parametrize("members", ["abc", "abcd", "cba"], ids=["respawned", "joined", "in another order"])
+def test_who_has_another_one_or_none_makes_all_make_a_new_one(nccl, epochs, kept, caplog, members):
+    first = step(epochs(1, 3, "abc", kept))
+    if members == "abc":
+        kept["b"] = Kept()  # of another process
+    second = step(epochs(2, len(members), members, kept))
+    assert nccl.num_initialised == 3 + len(members) and not set(first) & set(second)
+    wait_until(lambda: all(first[rank].is_aborted for rank in (0, 2)))
+    assert "a new NCCL communicator is made" in caplog.text
+
+
+def test_one_that_was_in_use_as_its_group_ended_is_aborted_and_not_shrunk(nccl, epochs, kept):
+    """Its kernel may wait for the dead rank: only its abort ends that."""
+    epoch = epochs(1, 3, "abc", kept)
+    in_it = threading.Barrier(3)
+
+    def work(group: NcclGroup) -> None:
+        in_it.wait(DEADLINE_S)
+        group.barrier()
+
+    def dies_in_it(group: NcclGroup) -> None:
+        in_it.wait(DEADLINE_S)
+        group._process_group.allgather = lambda outs, ins: pytest.fail("killed here")
+        group.barrier()
+
+    outcomes = [epoch.run(rank, dies_in_it if rank == 1 else work) for rank in range(3)]
+    wait_until(lambda: [g.num_under_way for g in nccl.made if g.rank() != 1] == [1, 1] and outcomes[1].done())
+    epoch.region.abort("b is gone")
+    for rank in (0, 2):
+        with pytest.raises(GroupAborted, match="b is gone"):
+            outcomes[rank].result(DEADLINE_S)
+    wait_until(lambda: all(group.is_aborted for group in nccl.made))
+    step(epochs(2, 2, "ac", kept))
+    assert nccl.num_initialised == 5
+
+
+def test_where_the_library_cannot_shrink_the_log_says_so(nccl, epochs, kept, caplog):
+    nccl.can_shrink = False
+    step(epochs(1, 3, "abc", kept))
+    step(epochs(2, 2, "ac", kept))
+    assert nccl.num_initialised == 5 and "this NCCL cannot shrink" in caplog.text
+    step(epochs(3, 2, "ac", kept))
+    assert nccl.num_initialised == 5, "nothing to shrink"
+
+
+def test_a_shrink_that_fails_for_one_rank_costs_the_others_a_bounded_wait(nccl, epochs, kept, caplog, monkeypatch):
+    """They wait for it inside of the library."""
+    monkeypatch.setattr(nccl_module, "DERIVE_S", 0.3)
+    nccl.forming_timeout_s = 1.0
+    first = step(epochs(1, 4, "abcd", kept))
+    nccl.failing = {3}
+    step(epochs(2, 3, "abd", kept))
+    assert nccl.num_initialised == 4 + 3
+    assert "ncclCommShrink failed" in caplog.text and "it took longer than 0.3 s" in caplog.text
+    wait_until(lambda: all(first[rank].is_aborted for rank in (0, 1, 3)))
+
+
+def test_a_peer_that_dies_while_they_shrink_costs_the_others_no_wait(nccl, epochs, kept):
+    nccl.forming_timeout_s = 2.0
+    first = step(epochs(1, 3, "abc", kept))
+    epoch = epochs(2, 2, "ac", kept)
+    survivor = epoch.run(0, lambda group: "formed")
+    gone = ShmRegion.attach(epoch.region.fd, epoch=2)
+    dead = nccl_module.Rendezvous(gone, 1, DEADLINE_S)
+    dead.begin()
+    dead.arrive(1 + 1)  # it has the communicator of epoch 1, too
+    wait_until(lambda: first[0]._lock.locked())
+    began_s = time.monotonic()
+    epoch.region.abort("c is gone")
+    with pytest.raises(GroupAborted, match="c is gone"):
+        survivor.result(DEADLINE_S)
+    assert time.monotonic() - began_s < 1.0, "it waited for the library"
+    gone.close()
+    assert kept["a"].take() is None
+    wait_until(lambda: first[0].is_aborted)

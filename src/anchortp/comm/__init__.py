@@ -19,14 +19,15 @@ from .region import ShmRegion
 if TYPE_CHECKING:
     from .gloo import GlooGroup
     from .mixed import MixedGroup
-    from .nccl import NcclGroup
+    from .nccl import Kept, NcclGroup
     from .peer import PeerGroup, StagedGroup
     from .shm import ShmGroup
 
-__all__ = ["GlooGroup", "Group", "MixedGroup", "NcclGroup", "PeerGroup", "ShmGroup", "ShmRegion", "StagedGroup"]
+__all__ = ["GlooGroup", "Group", "Kept", "MixedGroup", "NcclGroup", "PeerGroup", "ShmGroup", "ShmRegion", "StagedGroup"]
 
 _NEED_TORCH = {
     "GlooGroup": ".gloo",
+    "Kept": ".nccl",
     "MixedGroup": ".mixed",
     "NcclGroup": ".nccl",
     "PeerGroup": ".peer",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from anchortp.arena import MemfdArena, PinnedMapping, VmmDriver, driver_of
-from anchortp.comm import GlooGroup, Group, MixedGroup, NcclGroup, PeerGroup, ShmGroup, ShmRegion, StagedGroup
+from anchortp.comm import GlooGroup, Group, Kept, MixedGroup, NcclGroup, PeerGroup, ShmGroup, ShmRegion, StagedGroup
 from anchortp.comm.peer import mark_stream
 from anchortp.config import ModelConfig
 from anchortp.devices import Device
@@ -27,11 +27,13 @@ class Accelerator:
 
     `open_driver`: of arenas made of chunks, so that this device can read them; None on plain CPU devices. `alone`: held
     during a capture. A thread takes it before it does what waits for the whole device, which would void the capture.
+    `kept`: what one group of this worker leaves for the next.
     """
 
     torch_device: torch.device | None
     open_driver: Callable[[], VmmDriver] | None
     alone: AbstractContextManager[object] = field(default_factory=threading.Lock)
+    kept: Kept = field(default_factory=Kept)
 
     @classmethod
     def of(cls, device: Device) -> Accelerator:
@@ -126,7 +128,8 @@ def _peer(f: Formation, accelerator: Accelerator) -> Group:
 
 def _nccl(f: Formation, accelerator: Accelerator) -> NcclGroup:
     assert accelerator.torch_device is not None, "config lets nccl through for GPUs alone"
-    return NcclGroup(*f.place, store_path=f.store_path, device=accelerator.torch_device)
+    device = accelerator.torch_device
+    return NcclGroup(*f.place, store_path=f.store_path, device=device, members=f.members, kept=accelerator.kept)
 
 
 def _mixed(f: Formation, accelerator: Accelerator) -> Group:
