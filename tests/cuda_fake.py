@@ -70,6 +70,10 @@ class FakeCuda:
         assert isinstance(device, self._real.CUdevice) and isinstance(peer, self._real.CUdevice)
         return int((int(device), int(peer)) not in self.separate)
 
+    def _cuDeviceGetPCIBusId(self, length, device) -> bytes:
+        assert length >= 13 and isinstance(device, self._real.CUdevice)
+        return f"0000:{int(device):02x}:00.0".encode() + b"\0"
+
     def _cuDevicePrimaryCtxRetain(self, device):
         assert isinstance(device, self._real.CUdevice)
         return ("context", int(device))

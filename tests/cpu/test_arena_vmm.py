@@ -257,6 +257,7 @@ def test_whether_gpus_can_use_each_others_memory_is_asked_without_a_context(real
     fake = FakeCuda(real)
     fake.separate.add((1, 0))
     assert CudaVmm(fake, 0).reaches(1) and not CudaVmm(fake, 1).reaches(0)
+    assert CudaVmm(fake, 1).pci_bus_id() == "0000:01:00.0"
     assert fake.current is None
 
 
