@@ -29,6 +29,9 @@ class FakeNccl:
         self.forming_timeout_s = forming_timeout_s
         self.can_shrink = True
         self.failing: set[int] = set()  # ranks of the parent for which a shrink fails at once
+        self.failing_late: set[int] = (
+            set()
+        )  # ranks of the parent whose first collective afterwards fails for them alone
         self.num_initialised = 0
         self.made: list[Any] = []
         self._cliques: dict[str, _Clique] = {}
@@ -83,7 +86,7 @@ class _ProcessGroup:
         self._is_ready, self._num_rounds = False, 0
         self._lock = threading.Lock()
         self.is_aborted = False
-        self.num_under_way = 0
+        self.num_under_way, self.fails = 0, False
         library.made.append(self)
 
     def rank(self) -> int:
@@ -135,6 +138,7 @@ class _ProcessGroup:
             self.wait_for(lambda: len(clique.present) == clique.size)
         child = _ProcessGroup(self._library, rank, clique)
         child._is_ready = True
+        child.fails = self._rank in self._library.failing_late
         return child
 
     def abort(self) -> None:
@@ -148,7 +152,7 @@ class _Work:
         self._is_done = False
 
     def is_completed(self) -> bool:
-        if self._group.is_aborted:
+        if self._group.is_aborted or self._group.fails:
             raise dist.DistBackendError("NCCL communicator was aborted")
         done = len(self._brought) == self._group.size()
         if done and not self._is_done:

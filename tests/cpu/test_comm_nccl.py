@@ -293,6 +293,15 @@ def test_a_shrink_that_fails_for_one_rank_costs_the_others_a_bounded_wait(nccl, 
     wait_until(lambda: all(first[rank].is_aborted for rank in (0, 1, 3)))
 
 
+def test_a_communicator_that_works_for_all_but_one_is_used_by_none(nccl, epochs, kept, caplog):
+    first = step(epochs(1, 3, "abc", kept))
+    nccl.failing_late = {2}
+    second = step(epochs(2, 2, "ac", kept))
+    assert nccl.num_initialised == 3 + 2 and "another rank failed" in caplog.text
+    in_use = [*second, first[1]]  # b is dead
+    wait_until(lambda: all(group.is_aborted for group in nccl.made if group not in in_use))
+
+
 def test_a_peer_that_dies_while_they_shrink_costs_the_others_no_wait(nccl, epochs, kept):
     nccl.forming_timeout_s = 2.0
     first = step(epochs(1, 3, "abc", kept))
