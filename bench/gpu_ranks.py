@@ -19,9 +19,9 @@ import torch
 
 from anchortp.arena import round_up
 from anchortp.comm import Group, ShmRegion
-from anchortp.config import load_model_config
+from anchortp.config import GROUPS_WITH_SLOTS, load_model_config
 from anchortp.devices import parse_device
-from anchortp.engine.accelerator import GROUPS, Accelerator
+from anchortp.engine.accelerator import GROUPS, Accelerator, Formation
 from anchortp.engine.scheduler import ScheduledSeq
 from anchortp.layout import KVAddresses, Layout, ModelUnits, WeightAddresses, initial_layout, model_units
 from anchortp.model import DecodeGraphs, Decoder, ForwardBatch, KVCache, WeightViews
@@ -62,7 +62,7 @@ def run_ranks(
     *args: Any,
     timeout_s: float = TIMEOUT_S,
 ) -> list[Any]:
-    """What `program` returns on each rank of a group of `kind` ("shm", "peer", "nccl"). The anchors must run.
+    """What `program` returns on each rank of a group of `kind` ("shm", "peer", "nccl", "mixed"). The anchors must run.
 
     Raises RuntimeError with the traceback of a rank that failed, TimeoutError for one that does not answer.
     """
@@ -71,7 +71,7 @@ def run_ranks(
     region = ShmRegion.create(EPOCH, len(devices), slot_bytes)
     store = runtime_dir / f"store-{kind}"
     store.unlink(missing_ok=True)
-    if kind == "peer":
+    if kind in GROUPS_WITH_SLOTS:
         _commit_slots(runtime_dir, devices, region.slot_bytes)
     pipes, processes = [], []
     try:
@@ -141,8 +141,16 @@ def _rank_main(
     try:
         accelerator = Accelerator.of(parse_device(devices[rank]))
         region = ShmRegion.attach(region_fd, epoch=EPOCH)
-        slots = [open_tensor(runtime_dir, device, "slots", accelerator) for device in devices] if kind == "peer" else []
-        group: Group = GROUPS[kind](region, rank, TIMEOUT_S, accelerator, store, slots, None)
+        mapped = devices if kind in GROUPS_WITH_SLOTS else ()
+        formation = Formation(
+            region=region,
+            rank=rank,
+            timeout_s=TIMEOUT_S,
+            members=devices,
+            store_path=store,
+            slots=[open_tensor(runtime_dir, device, "slots", accelerator) for device in mapped],
+        )
+        group: Group = GROUPS[kind](formation, accelerator)
         result = program(group, accelerator, *args)
         group.close()
         pipe.send((True, result))
@@ -170,8 +178,7 @@ def decode_with_and_without_graphs(
     units = model_units(load_model_config(folder))
     layout = initial_layout(units, [f"cpu:{rank}" for rank in range(group.size)])
     plain, graphed = (_decoder_of(folder, units, layout, group.rank, accelerator) for _ in range(2))
-    if attention == "flashinfer":
-        graphed.paged = accelerator.paged(units.config, BLOCK_SIZE)
+    graphed.paged = accelerator.paged(attention, units.config, BLOCK_SIZE)
     if kernels == "triton":
         graphed.kernels = accelerator.fused(units.config)
     capture, num_captured, largest = accelerator.capture(), 0, 0.0

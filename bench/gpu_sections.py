@@ -338,11 +338,15 @@ def _reduce_latency(group: Any, accelerator: Accelerator, hidden: int, repeats: 
 
 
 def _nccl_alone(group: Any, accelerator: Accelerator) -> dict[str, Any]:
-    """One rank: the names of torch's NCCL interface are right, and the communicator comes up and goes."""
+    """One rank: the names of torch's NCCL interface are right, the communicator comes up, and an abort ends it."""
     parts = group.gather(torch.ones(2, 3, device=accelerator.torch_device), [3])
     group.barrier()
-    closing_s = _seconds(group.close)
-    return {"gathered": [tuple(part.shape) for part in parts], "close_s": closing_s}
+    communicator = group._process_group
+    return {
+        "gathered": [tuple(part.shape) for part in parts],
+        "can_shrink": bool(communicator.supports_shrinking),
+        "abort_s": _seconds(communicator.abort),
+    }
 
 
 def kernels(scale: Scale, runtime_dir: Path) -> dict[str, Any]:
@@ -366,11 +370,19 @@ def qwen3_8b(scale: Scale, runtime_dir: Path) -> dict[str, Any]:
     return run_numbers(scale, runtime_dir)
 
 
+def attention(scale: Scale, runtime_dir: Path) -> dict[str, Any]:
+    """A layer's attention by multiplied matrices, by torch's fused one, and by FlashInfer where it is installed."""
+    from bench import gpu_attention
+
+    return gpu_attention.attention(scale)
+
+
 SECTIONS = {
     "memory": memory,
     "survival": survival,
     "collectives": collectives,
     "kernels": kernels,
+    "attention": attention,
     "engine": engine,
     "qwen3_8b": qwen3_8b,
 }

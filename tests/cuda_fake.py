@@ -25,6 +25,7 @@ class FakeCuda:
         self._granularity = granularity
         self.failing: dict[str, int] = {}  # call -> the code that it fails with
         self.without_context: list[str] = []
+        self.separate: set[tuple[int, int]] = set()  # GPUs of which the first cannot use the memory of the second
         self.current: object = None
         self.device_offset = 0  # of host memory, as the device sees it
 
@@ -64,6 +65,14 @@ class FakeCuda:
 
     def _cuDeviceGet(self, ordinal):
         return self._real.CUdevice(ordinal)
+
+    def _cuDeviceCanAccessPeer(self, device, peer) -> int:
+        assert isinstance(device, self._real.CUdevice) and isinstance(peer, self._real.CUdevice)
+        return int((int(device), int(peer)) not in self.separate)
+
+    def _cuDeviceGetPCIBusId(self, length, device) -> bytes:
+        assert length >= 13 and isinstance(device, self._real.CUdevice)
+        return f"0000:{int(device):02x}:00.0".encode() + b"\0"
 
     def _cuDevicePrimaryCtxRetain(self, device):
         assert isinstance(device, self._real.CUdevice)

@@ -8,6 +8,7 @@ import logging
 import os
 import tempfile
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,9 @@ from anchortp.errors import ConfigError, UnsupportedModel
 from anchortp.native import build_kernels, cpu_flags
 
 DType = Literal["bfloat16", "float32"]
+GROUPS_WITH_SLOTS = ("peer", "mixed")  # that sum in memory of the devices' own
+# What "mixed" moves at most without NCCL, per rank: the sum of a decode step of 16 sequences of hidden size 4096.
+MIXED_SLOT_BYTES = 256 << 10
 FLASHINFER_HEAD_DIMS = (64, 128, 256)  # that it is compiled for
 _CACHE_LINE_BYTES = 64  # to which slots are rounded up
 
@@ -291,11 +295,11 @@ class EngineConfig:
     kv_blocks: int = 2048
     num_spares: int = 1
     threads_per_worker: int = 1
-    collectives: Literal["shm", "gloo", "peer", "nccl"] = "shm"
+    collectives: Literal["shm", "gloo", "peer", "nccl", "mixed"] = "shm"
     plan_policy: Literal["makespan", "units", "cmm", "greedy"] = "makespan"
     eplb: bool = True  # of a mixture of experts: replicate hot ones where memory allows
     eplb_interval_s: float = 10.0
-    attention: Literal["torch", "flashinfer"] = "torch"
+    attention: Literal["torch", "sdpa", "flashinfer"] = "torch"  # see `model.paged`; "torch": matrices, multiplied
     kernels: str = ""  # on CPUs: the library of our own kernels (`anchortp.native`); "": torch's
     triton: bool = False  # on GPUs: kernels of ours by Triton (`anchortp.model.fused`)
     cuda_graphs: bool = True  # on GPUs decode steps are captured and replayed
@@ -318,13 +322,15 @@ class EngineConfig:
 
     @property
     def slot_bytes(self) -> int:
-        """Room for the largest all-reduce, one step's hidden states in float32; larger gathers go in pieces."""
-        return self.max_batch_tokens * self.model.hidden_size * 4
+        """Room for the largest all-reduce, one step's hidden states in float32; larger gathers go in pieces. Of "mixed"
+        groups the largest that is summed there."""
+        largest = self.max_batch_tokens * self.model.hidden_size * 4
+        return min(largest, MIXED_SLOT_BYTES) if self.collectives == "mixed" else largest
 
     @property
     def peer_slots_bytes(self) -> int:
         """What collectives take of each device's own memory: two slots, as `comm.peer` wants them."""
-        if self.collectives != "peer":
+        if self.collectives not in GROUPS_WITH_SLOTS:
             return 0
         return -(-2 * (self.slot_bytes + _CACHE_LINE_BYTES) // self.page_bytes) * self.page_bytes
 
@@ -351,7 +357,7 @@ def resolve_engine_config(
     max_batch_tokens: int = 512,
     kv_block_size: int = 16,
     collectives: str = "auto",
-    attention: str = "torch",
+    attention: str = "auto",
     kernels: str = "auto",
     **more: Any,
 ) -> EngineConfig:
@@ -361,10 +367,11 @@ def resolve_engine_config(
     `device_memory_bytes`: an equal share of 80 % of the memory that is free now. `max_model_len`: the model's,
     but at most 8192. `kv_tokens`: every sequence at full length. `kv_mirror`: "host" or "off"; `kv_mirror_bytes`:
     room for the whole KV cache, but at most a tenth of the free memory. `expert_cut`: see `MoEConfig.cut`.
-    `collectives`: shared memory on the host; on GPUs NCCL, and memory that all map where devices share a GPU.
-    `attention`: torch's kernels on gathered blocks, or on GPUs the package FlashInfer. `kernels`: on CPU devices
-    "native", which a C++ compiler makes once (`anchortp.native`), on GPUs "triton", anywhere "torch", or "auto": native
-    where they can be made, else torch's.
+    `collectives`: shared memory on the host; on GPUs memory that all map where devices share one, else NCCL, and beside
+    it such memory for small messages where the driver says that the GPUs can use each other's.
+    `attention`: on GPUs "sdpa" is torch's fused attention and "flashinfer" that package's; "torch" multiplies matrices;
+    "auto": sdpa on GPUs, and torch elsewhere. `kernels`: on CPU devices "native", which a C++ compiler makes once
+    (`anchortp.native`), on GPUs "triton", anywhere "torch", or "auto": native where they can be made, else torch's.
     Raises ConfigError.
     """
     model = load_model_config(model_folder, dtype, expert_cut)
@@ -384,7 +391,6 @@ def resolve_engine_config(
     kv_tokens = kv_tokens or max_num_seqs * max_model_len
     if kv_tokens < max_model_len:
         raise ConfigError(f"kv_tokens is {kv_tokens}; one sequence alone may take {max_model_len} (max_model_len).")
-    _check_attention(attention, model, parsed[0].kind)
     cores = len(os.sched_getaffinity(0))
     kv_blocks = -(-kv_tokens // kv_block_size)
     return EngineConfig(
@@ -392,7 +398,7 @@ def resolve_engine_config(
         runtime_dir=str(runtime_dir),
         model=model,
         devices=devices,
-        attention=attention,  # type: ignore[arg-type]
+        attention=_resolve_attention(attention, model, parsed[0].kind),  # type: ignore[arg-type]
         kernels=_resolve_kernels(kernels, parsed[0].kind),
         triton=kernels == "triton",
         device_memory_bytes=device_memory_bytes or int(0.8 * _available_bytes() / len(devices)),
@@ -411,30 +417,57 @@ def resolve_engine_config(
 def _resolve_collectives(collectives: str, devices: tuple[Device, ...]) -> str:
     kind, share = devices[0].kind, any(device.part is not None for device in devices)
     if collectives == "auto":
-        return "shm" if kind != "cuda" else "peer" if share else "nccl"
-    fitting = {"cpu": ("shm", "gloo"), "sim": ("shm", "gloo", "peer"), "cuda": ("shm", "peer", "nccl")}[kind]
-    if collectives not in fitting or (collectives == "nccl" and share):
-        why = "NCCL wants a GPU per rank" if collectives == "nccl" and share else f"{kind} devices have not that kind"
-        choices = ", ".join(name for name in fitting if not (share and name == "nccl"))
-        raise ConfigError(f"collectives {collectives!r}: {why}; choose auto, or one of {choices}.")
+        if kind != "cuda" or share:
+            return "shm" if kind != "cuda" else "peer"
+        separate = "there is one rank" if len(devices) == 1 else _separate_gpus(devices)
+        log.info("collectives: %s", f"NCCL alone, as {separate}" if separate else "NCCL, small ones in mapped memory")
+        return "nccl" if separate else "mixed"
+    gpu_kinds = ("shm", "peer") if share else ("shm", "peer", "nccl", "mixed")
+    fitting = {"cpu": ("shm", "gloo"), "sim": ("shm", "gloo", "peer"), "cuda": gpu_kinds}[kind]
+    why = ""
+    if collectives not in fitting:
+        is_nccl = share and collectives in ("nccl", "mixed")
+        why = "NCCL wants a GPU per rank" if is_nccl else f"{kind} devices have not that kind"
+    elif collectives in GROUPS_WITH_SLOTS and kind == "cuda" and (why := _separate_gpus(devices)):
+        fitting = tuple(name for name in fitting if name not in GROUPS_WITH_SLOTS)
+    if why:
+        raise ConfigError(f"collectives {collectives!r}: {why}; choose auto, or one of {', '.join(fitting)}.")
     return collectives
 
 
-def _check_attention(attention: str, model: ModelConfig, kind: str) -> None:
-    if attention not in ("torch", "flashinfer"):
-        raise ConfigError(f"attention is {attention!r}; choose 'torch' or 'flashinfer'.")
-    if attention == "torch":
-        return
+def _separate_gpus(devices: tuple[Device, ...]) -> str:
+    """Why the ranks' GPUs cannot all use each other's memory, by the driver's word; "" if they can."""
+    pairs = permutations(sorted({device.index for device in devices}), 2)
+    try:
+        return next((f"GPU {a} cannot use the memory of GPU {b}" for a, b in pairs if not _reaches(a, b)), "")
+    except ConfigError as error:
+        return f"the driver cannot be asked: {error}"
+
+
+def _reaches(gpu: int, other: int) -> bool:
+    from anchortp.arena.cuda import open_cuda  # not without a GPU: it is an extra, and this module is everyone's
+
+    return open_cuda(gpu).reaches(other)
+
+
+def _resolve_attention(attention: str, model: ModelConfig, kind: str) -> str:
+    if attention not in ("auto", "torch", "sdpa", "flashinfer"):
+        raise ConfigError(f"attention is {attention!r}; choose 'auto', 'torch', 'sdpa' or 'flashinfer'.")
+    if attention == "auto":
+        return "sdpa" if kind == "cuda" else "torch"
     why = ""
-    if kind != "cuda":
+    if attention == "sdpa" and kind == "cpu":
+        why = "CPU devices have a faster one"
+    elif attention == "flashinfer" and kind != "cuda":
         why = f"the devices are of kind {kind}"
-    elif model.dtype != "bfloat16" or model.head_dim not in FLASHINFER_HEAD_DIMS:
+    elif attention == "flashinfer" and (model.dtype != "bfloat16" or model.head_dim not in FLASHINFER_HEAD_DIMS):
         dims = ", ".join(map(str, FLASHINFER_HEAD_DIMS))
         why = f"heads are of {model.head_dim} in {model.dtype}, and it serves heads of {dims} in bfloat16"
-    elif importlib.util.find_spec("flashinfer") is None:
+    elif attention == "flashinfer" and importlib.util.find_spec("flashinfer") is None:
         why = "the package flashinfer-python is not installed"
     if why:
-        raise ConfigError(f"attention 'flashinfer' cannot be used: {why}; choose 'torch'.")
+        raise ConfigError(f"attention {attention!r} cannot be used: {why}; choose 'auto'.")
+    return attention
 
 
 def _resolve_kernels(kernels: str, kind: str) -> str:

@@ -253,6 +253,14 @@ def test_a_worker_maps_and_computes_through_the_calls(real) -> None:
     pair.close()
 
 
+def test_whether_gpus_can_use_each_others_memory_is_asked_without_a_context(real) -> None:
+    fake = FakeCuda(real)
+    fake.separate.add((1, 0))
+    assert CudaVmm(fake, 0).reaches(1) and not CudaVmm(fake, 1).reaches(0)
+    assert CudaVmm(fake, 1).pci_bus_id() == "0000:01:00.0"
+    assert fake.current is None
+
+
 def test_what_the_driver_says_is_told_by_name(real) -> None:
     fake = FakeCuda(real, capacity_bytes=GRANULE)
     driver = CudaVmm(fake, 0)

@@ -49,22 +49,26 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: make_tiny_model(tmp_path_factory.mktemp(kind), kind) for kind in (*KINDS, "mixtral")}
 
 
+def tensors(value: object) -> list[Tensor]:
+    return [t for t in tree_leaves(value) if isinstance(t, Tensor)]
+
+
 def storages(value: object) -> set[int]:
-    return {t.untyped_storage().data_ptr() for t in tree_leaves(value) if isinstance(t, Tensor)}
+    return {t.untyped_storage().data_ptr() for t in tensors(value)}
 
 
 class _Recorder(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.calls: list[tuple[Callable, tuple, dict, Tensor | None]] = []
+        self.calls: list[tuple[Callable, tuple, dict, list[Tensor]]] = []  # and the tensors that it makes
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         known = storages((args, kwargs))
         result = func(*args, **kwargs)
-        is_new = isinstance(result, Tensor) and result.untyped_storage().data_ptr() not in known
-        assert is_new or isinstance(result, Tensor) or not storages(result) - known, f"{func} makes several tensors"
-        self.calls.append((func, args, kwargs, result if is_new else None))
+        is_new = not storages(result) & known
+        assert is_new or storages(result) <= known, f"{func} makes some of what it returns"
+        self.calls.append((func, args, kwargs, tensors(result) if is_new else []))
         return result
 
 
@@ -82,15 +86,15 @@ class Tape:
         with _Recorder() as recorder:
             work()
         self.memory().copy_(before)
-        self.made += [new for *_, new in recorder.calls if new is not None]
+        self.made += [made for *_, new in recorder.calls for made in new]
         self.num_captured += 1
 
         def replay() -> None:
             self.num_replayed += 1
             for func, args, kwargs, new in recorder.calls:
                 result = func(*args, **kwargs)
-                if new is not None:
-                    new.copy_(result)
+                for made, again in zip(new, tensors(result) if new else [], strict=True):
+                    made.copy_(again)
 
         return replay
 

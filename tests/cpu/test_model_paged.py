@@ -1,4 +1,5 @@
-"""Paged attention through FlashInfer's interface, over planes where they lie: the logits are those of transformers.
+"""Attention by libraries: through FlashInfer's interface, over planes where they lie, and by torch's own, over what is
+gathered of them. The logits are those of transformers.
 
 `FakeFlashInfer` is held to what the package's sources ask of their arguments, and its one kernel reads, as theirs do,
 nothing but device memory: block tables and lengths from buffers, keys and values through strides.
@@ -20,7 +21,8 @@ from anchortp import config as config_module
 from anchortp.config import load_model_config, resolve_engine_config
 from anchortp.errors import ConfigError
 from anchortp.model import DecodeGraphs, ForwardBatch
-from anchortp.model.paged import FlashInfer, Pages, as_paged
+from anchortp.model import paged as paged_module
+from anchortp.model.paged import FlashInfer, Pages, Sdpa, as_paged
 from tests.cpu.model_tools import Entry, TPGroup, check_group, load_group, make_tiny_model, random_layout
 from tests.cpu.test_model_graphs import Graphed, begin, decode
 from tests.tiny_model import write_model
@@ -88,6 +90,14 @@ def use_flashinfer(group: TPGroup) -> None:
         decoder.paged = FlashInfer(FakeFlashInfer, group.units.config, group.block_size, torch.device("cpu"))
 
 
+def use_sdpa(group: TPGroup) -> None:
+    for decoder in group.decoders:
+        decoder.paged = Sdpa(group.units.config, group.block_size)
+
+
+LIBRARIES = {"flashinfer": use_flashinfer, "sdpa": use_sdpa}
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small_workspace():
     with pytest.MonkeyPatch.context() as patch:
@@ -113,17 +123,76 @@ def test_prefill_and_decode_in_any_mixture_are_transformers(folders, kind: str) 
         assert used == [bool(shard["attention"]) for shard in group.layout.shards] and any(used)
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize("seed", range(2))
+def test_torchs_attention_gives_the_logits_of_transformers(folders, kind: str, seed: int, monkeypatch) -> None:
+    """On random layouts, with chunks that begin a sequence and that go on with one, and groups with and without
+    padding; what was never written is NaN."""
+    rng, calls = random.Random(seed), set()
+
+    def watched(*args, attn_mask=None, is_causal=False, **more):
+        calls.add("causal" if is_causal else "masked" if attn_mask is not None else "plain")
+        return real(*args, attn_mask=attn_mask, is_causal=is_causal, **more)
+
+    real = paged_module.scaled_dot_product_attention
+    monkeypatch.setattr(paged_module, "scaled_dot_product_attention", watched)
+    with load_group(folders[kind], 1) as probe:
+        layout = random_layout(probe.units, 3, rng)
+    with load_group(folders[kind], layout) as group:
+        use_sdpa(group)
+        check_group(folders[kind], group, rng)
+        check_group(folders[kind], group, rng, lengths=(8, 16))
+        assert not any(d._gathered.numel() for d in group.decoders), "nothing went another way"
+    assert {"causal", "masked"} <= calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_heads", [(1, 1), (6, 2), (15, 3)])
+def test_torchs_attention_is_that_of_each_query_alone(dtype: torch.dtype, num_heads: tuple[int, int]) -> None:
+    """Against the plain formula in float64, for a step with decoding and chunks, short, long and first ones."""
+    block_size, head_dim, num_blocks = 4, 16, 40
+    config = SimpleNamespace(head_dim=head_dim, dtype=str(dtype).removeprefix("torch."))
+    rng = random.Random(num_heads[0])
+    blocks = rng.sample(range(num_blocks), num_blocks)
+    entries = []
+    for start, num_new in ((0, 1), (7, 1), (15, 1), (3, 1), (0, 9), (5, 6), (16, 40), (12, 2)):
+        table = tuple(blocks.pop() for _ in range(-(-(start + num_new) // block_size)))
+        entries.append(Entry(token_ids=(1,) * num_new, start=start, block_ids=table))
+    batch = ForwardBatch.build(entries, block_size)
+    generator = torch.Generator().manual_seed(1)
+    queries = torch.randn(len(batch.positions), num_heads[0], head_dim, generator=generator).to(dtype)
+    cache = torch.zeros(2 * num_heads[1], num_blocks * block_size, head_dim, dtype=dtype)
+    row_of = {}
+    for entry in entries:
+        for position in range(entry.start + len(entry.token_ids)):
+            place = entry.block_ids[position // block_size] * block_size + position % block_size
+            cache[:, place] = torch.randn(2 * num_heads[1], head_dim, generator=generator).to(dtype)
+            row_of[place] = entry, position
+    found = Sdpa(config, block_size).plan(batch, num_heads)(queries, cache)
+    assert found.shape == queries.shape and found.dtype == dtype
+    for row, place in enumerate(batch.cache_slots.tolist()):
+        entry, position = row_of[place]
+        places = [entry.block_ids[p // block_size] * block_size + p % block_size for p in range(position + 1)]
+        for head in range(num_heads[0]):
+            plane = 2 * (head * num_heads[1] // num_heads[0])
+            keys, values = cache[plane, places].double(), cache[plane + 1, places].double()
+            weights = (keys @ queries[row, head].double() / head_dim**0.5).softmax(0)
+            tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+            torch.testing.assert_close(found[row, head].double(), weights @ values, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize("captures", [0, 1, 9])
-def test_steps_that_are_captured_are_planned_anew_each_time(folders, captures: int) -> None:
+def test_steps_that_are_captured_are_planned_anew_each_time(folders, captures: int, library: str) -> None:
     """A replay attends to what the last plan says, longer contexts and all."""
     rng = random.Random(captures)
     with load_group(folders["llama"], 2) as group:
-        use_flashinfer(group)
+        LIBRARIES[library](group)
         graphed = Graphed(group, captures_per_step=captures)
         sequences, tables = begin(group, (5, 14, 22), rng)
         decode(folders["llama"], group, sequences, tables, 8, rng)
         assert all((tape.num_replayed > 0) == (captures > 0) for tape in graphed.tapes)
-        assert all(not d._gathered.numel() for d in group.decoders), "nothing was gathered"
+        assert all(not d._gathered.numel() for d in group.decoders), "nothing went another way"
 
 
 def test_a_rank_without_heads_plans_nothing(folders) -> None:
@@ -193,6 +262,17 @@ def test_where_it_cannot_be_used_the_engine_says_so_before_it_starts(tmp_path, m
     ):
         with pytest.raises(ConfigError, match=why):
             resolve_engine_config(folder, devices=devices, **options)
+    with pytest.raises(ConfigError, match="have a faster one"):
+        resolve_engine_config(tiny, devices=("cpu:0",), **options | {"attention": "sdpa"})
     monkeypatch.setattr(config_module.importlib.util, "find_spec", lambda name: object())
     assert resolve_engine_config(fits, devices=("cuda:0",), **options).attention == "flashinfer"
     assert load_model_config(fits).head_dim == 64
+    for attention, device, resolved in (
+        ("auto", "cuda:0", "sdpa"),
+        ("torch", "cuda:0", "torch"),
+        ("sdpa", "sim:0", "sdpa"),
+        ("auto", "sim:0", "torch"),
+        ("auto", "cpu:0", "torch"),
+    ):
+        found = resolve_engine_config(tiny, devices=(device,), **options | {"attention": attention, "kernels": "torch"})
+        assert found.attention == resolved

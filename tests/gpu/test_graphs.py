@@ -14,10 +14,13 @@ from tests.tiny_model import write_model
 __all__ = ["runtime_dir"]
 
 
-@pytest.mark.parametrize(("attention", "kernels"), [("torch", "torch"), ("flashinfer", "torch"), ("torch", "triton")])
+@pytest.mark.parametrize(
+    ("attention", "kernels"),
+    [("torch", "torch"), ("sdpa", "torch"), ("flashinfer", "torch"), ("torch", "triton"), ("sdpa", "triton")],
+)
 @pytest.mark.parametrize("size", [1, 2])
 def test_graphs_change_no_logit(size: int, attention: str, kernels: str, runtime_dir: Path) -> None:
-    for name in (attention, kernels):
+    for name in {attention, kernels} & {"flashinfer", "triton"}:
         if importlib.util.find_spec(name) is None:  # not imported: this process must stay free of CUDA
             pytest.skip(f"{name} is not installed")
     folder = str(write_model(runtime_dir / "model", dtype="bfloat16", head_dim=64))

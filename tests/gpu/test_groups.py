@@ -59,5 +59,7 @@ def test_ranks_that_share_a_gpu_sum_as_the_host_does(kind: str, size: int, runti
         assert run_ranks(kind, runtime_dir, DEVICES[:size], SLOT_BYTES, mixed) == [len(CASES) * 8] * size
 
 
-def test_nccl_comes_up_computes_and_is_aborted(runtime_dir: Path) -> None:
-    assert run_ranks("nccl", runtime_dir, ("cuda:0",), SLOT_BYTES, mixed) == [len(CASES) * 8]
+@pytest.mark.parametrize("kind", ["nccl", "mixed"])
+def test_nccl_comes_up_and_computes(kind: str, runtime_dir: Path) -> None:
+    with anchors(runtime_dir, ("cuda:0",), 64 << 20):
+        assert run_ranks(kind, runtime_dir, ("cuda:0",), SLOT_BYTES, mixed) == [len(CASES) * 8]

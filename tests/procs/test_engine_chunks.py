@@ -18,10 +18,11 @@ def folder(tmp_path_factory):
     return write_model(tmp_path_factory.mktemp("llama") / "model")
 
 
-@pytest.mark.parametrize("collectives", ["peer", "shm"])
-def test_devices_workers_and_anchors_die_and_no_token_is_wrong(folder, collectives):
+@pytest.mark.parametrize(("collectives", "attention"), [("peer", "sdpa"), ("shm", "torch")])
+def test_devices_workers_and_anchors_die_and_no_token_is_wrong(folder, collectives, attention):
     strikes = (Strike(device="sim:0/3", point="collective", nth=200, kind="lost"),)
-    with running_engine(folder, 4, strikes, kind="sim:0/", collectives=collectives) as driver:
+    options = {"kind": "sim:0/", "collectives": collectives, "attention": attention}
+    with running_engine(folder, 4, strikes, **options) as driver:
         for stream in driver.speak(3, 80):
             stream.check()
         driver.check_fired()

@@ -34,7 +34,7 @@ def test_without_a_gpu_it_says_so_and_is_content():
 
 def test_every_measurement_runs_on_simulated_devices(tmp_path):
     result, told = gpu_check(
-        "--kind", "sim", "--reports", str(tmp_path), "--parts", "memory,survival,collectives,kernels,engine"
+        "--kind", "sim", "--reports", str(tmp_path), "--parts", "memory,survival,collectives,kernels,attention,engine"
     )
     figures = {name: part["figures"] for name, part in result["parts"].items()}
     assert figures["memory"]["num_chunks"] == 256 and figures["memory"]["peer_arena_to_arena_bytes_per_s"] > 0
@@ -48,6 +48,8 @@ def test_every_measurement_runs_on_simulated_devices(tmp_path):
         kernel = figures["kernels"][f"{name}, 3 rows"]
         assert kernel["equal_share"] > 0.5 and kernel["largest_step"] < 1e-5
         assert min(kernel[f"{whose}_{how}_us"] for whose in ("triton", "torch") for how in ("plain", "captured")) > 0
+    assert len(figures["attention"]) == 4
+    assert all(case["sdpa_s"] > 0 and case["sdpa_largest_difference"] < 1e-4 for case in figures["attention"].values())
     for kind in ("lost", "crash"):
         struck = figures["engine"][kind]
         assert struck["failed"] == [] and struck["same_answers"] == struck["num_answers"] == 8

@@ -21,6 +21,14 @@ CONFIG = {
 MIB = 1 << 20
 
 
+@pytest.fixture(autouse=True)
+def separate(monkeypatch):
+    """Pairs of GPUs of which the driver says that the first cannot use the memory of the second."""
+    pairs: set[tuple[int, int]] = set()
+    monkeypatch.setattr(config_module, "_reaches", lambda gpu, other: (gpu, other) not in pairs)
+    return pairs
+
+
 @pytest.fixture
 def resolve(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
@@ -30,7 +38,8 @@ def resolve(tmp_path):
 AUTO = {
     ("cpu:0", "cpu:1"): ("shm", 4096),
     ("sim:0/0", "sim:0/1"): ("shm", 64 << 10),
-    ("cuda:0", "cuda:1"): ("nccl", 2 * MIB),
+    ("cuda:0",): ("nccl", 2 * MIB),
+    ("cuda:0", "cuda:1"): ("mixed", 2 * MIB),
     ("cuda:0/0", "cuda:0/1", "cuda:1/0"): ("peer", 2 * MIB),
 }
 
@@ -39,7 +48,25 @@ AUTO = {
 def test_collectives_and_pages_follow_the_devices(resolve, devices):
     config = resolve(*devices, device_memory_bytes=MIB)
     assert (config.collectives, config.page_bytes) == AUTO[devices]
-    assert config.gpus == {"nccl": (0, 1), "peer": (0, 1), "shm": ()}[config.collectives]
+    assert config.gpus == {"nccl": (0,), "mixed": (0, 1), "peer": (0, 1), "shm": ()}[config.collectives]
+
+
+def test_small_messages_go_by_mapped_memory_where_every_gpu_can_use_every_others(resolve, separate, monkeypatch):
+    devices, options = ("cuda:0", "cuda:1", "cuda:3"), {"device_memory_bytes": MIB, "max_batch_tokens": 1 << 14}
+    mixed = resolve(*devices, **options)
+    assert (mixed.collectives, mixed.slot_bytes, mixed.peer_slots_bytes) == ("mixed", 256 << 10, 2 * MIB)
+    assert resolve(*devices, **options, collectives="nccl").peer_slots_bytes == 0
+    separate.add((3, 0))
+    assert resolve(*devices, **options).collectives == "nccl"
+    for collectives in ("mixed", "peer"):
+        with pytest.raises(ConfigError, match="GPU 3 cannot use the memory of GPU 0; choose auto, or one of shm, nccl"):
+            resolve(*devices, **options, collectives=collectives)
+
+    def no_driver(gpu, other):
+        raise ConfigError("there is none")
+
+    monkeypatch.setattr(config_module, "_reaches", no_driver)
+    assert resolve(*devices, **options).collectives == "nccl"
 
 
 def test_slots_of_collectives_are_whole_pages_for_two_tensors(resolve):
@@ -51,8 +78,9 @@ def test_slots_of_collectives_are_whole_pages_for_two_tensors(resolve):
 
 REFUSED = {
     "NCCL wants a GPU per rank; choose auto, or one of shm, peer": (("cuda:0/0", "cuda:0/1"), "nccl"),
+    "'mixed': NCCL wants a GPU per rank": (("cuda:0/0", "cuda:0/1"), "mixed"),
     "cpu devices have not that kind; choose auto, or one of shm, gloo": (("cpu:0",), "peer"),
-    "cuda devices have not that kind; choose auto, or one of shm, peer, nccl": (("cuda:0",), "gloo"),
+    "cuda devices have not that kind; choose auto, or one of shm, peer, nccl, mixed": (("cuda:0",), "gloo"),
     "do not mix": (("cuda:0", "cpu:0"), "auto"),
 }
 

@@ -67,6 +67,14 @@ class CudaVmm:
     def release(self, handle: int) -> None:
         self._call("cuMemRelease", self._handle(handle))
 
+    def reaches(self, index: int) -> bool:
+        """Whether this GPU can use the memory of another."""
+        return bool(self._call("cuDeviceCanAccessPeer", self._device, self._call("cuDeviceGet", index)))
+
+    def pci_bus_id(self) -> str:
+        """As NVML knows it, which counts GPUs otherwise."""
+        return self._call("cuDeviceGetPCIBusId", 13, self._device).rstrip(b"\0").decode()
+
     # -- with the GPU's primary context, the one that torch uses
 
     def reserve(self, num_bytes: int) -> int:

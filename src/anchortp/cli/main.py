@@ -54,7 +54,9 @@ class KernelsBy(StrEnum):
 
 
 class AttentionBy(StrEnum):
+    auto = "auto"
     torch = "torch"
+    sdpa = "sdpa"
     flashinfer = "flashinfer"
 
 
@@ -81,6 +83,7 @@ class Collectives(StrEnum):
     gloo = "gloo"
     peer = "peer"
     nccl = "nccl"
+    mixed = "mixed"
 
 
 @app.command()
@@ -134,15 +137,15 @@ def serve(
     ] = None,
     spares: Annotated[int, typer.Option(help="Warm processes that wait to replace a worker.", min=0)] = 1,
     collectives: Annotated[
-        Collectives, typer.Option(help="auto: shm on the host; on GPUs nccl, or peer where devices share one.")
+        Collectives, typer.Option(help="auto: shm on the host; on GPUs nccl or mixed, or peer where devices share one.")
     ] = Collectives.auto,
     plan_policy: Annotated[
         PlanPolicy, typer.Option(help="Who plans recoveries; cmm is the paper's. See `anchortp plan`.")
     ] = PlanPolicy.makespan,
     eplb: Annotated[bool, typer.Option(help="Of a mixture of experts: replicate hot ones where memory allows.")] = True,
     eplb_interval: Annotated[float, typer.Option(help="Seconds between two looks at the experts' load.")] = 10.0,
-    attention: Annotated[AttentionBy, typer.Option(help="flashinfer: where it is installed, on GPUs.")] = (
-        AttentionBy.torch
+    attention: Annotated[AttentionBy, typer.Option(help="On GPUs: auto and sdpa are torch's fused one.")] = (
+        AttentionBy.auto
     ),
     kernels: Annotated[
         KernelsBy,

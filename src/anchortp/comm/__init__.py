@@ -3,7 +3,7 @@
 `ShmRegion` is the control block of an epoch (who arrived, who began a step, the abort flag) and the memory
 that `ShmGroup` sums in. `GlooGroup` gives the same results over `torch.distributed`'s gloo, for comparison. On GPUs
 `PeerGroup` sums in device memory that every rank maps, `StagedGroup` takes the way over the host, and `NcclGroup` that
-of `torch.distributed`'s NCCL.
+of `torch.distributed`'s NCCL; `MixedGroup` is two of them, by the size of what is to be moved.
 
 The controller needs the region alone, so importing this package does not import torch; the groups do.
 """
@@ -18,14 +18,17 @@ from .region import ShmRegion
 
 if TYPE_CHECKING:
     from .gloo import GlooGroup
-    from .nccl import NcclGroup
+    from .mixed import MixedGroup
+    from .nccl import Kept, NcclGroup
     from .peer import PeerGroup, StagedGroup
     from .shm import ShmGroup
 
-__all__ = ["GlooGroup", "Group", "NcclGroup", "PeerGroup", "ShmGroup", "ShmRegion", "StagedGroup"]
+__all__ = ["GlooGroup", "Group", "Kept", "MixedGroup", "NcclGroup", "PeerGroup", "ShmGroup", "ShmRegion", "StagedGroup"]
 
 _NEED_TORCH = {
     "GlooGroup": ".gloo",
+    "Kept": ".nccl",
+    "MixedGroup": ".mixed",
     "NcclGroup": ".nccl",
     "PeerGroup": ".peer",
     "ShmGroup": ".shm",

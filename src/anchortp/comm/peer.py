@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .region import ShmRegion
+from .region import Rendezvous, ShmRegion
 from .shm import TWO_PHASE_FROM, ShmGroup
 
 Mark = Callable[[], Callable[[], bool]]
@@ -44,11 +44,12 @@ class PeerGroup(ShmGroup):
         *,
         mark: Mark = mark_stream,
         two_phase_from: int = TWO_PHASE_FROM,
+        rendezvous: Rendezvous | None = None,
     ):
         assert len(memory) == region.size, (len(memory), region.size)
         self._memory = memory
         self._mark = mark
-        super().__init__(region, rank, timeout_s, two_phase_from=two_phase_from)
+        super().__init__(region, rank, timeout_s, two_phase_from=two_phase_from, rendezvous=rendezvous)
 
     def _open_slots(self, region: ShmRegion) -> list[list[Tensor]]:
         size = region.slot_bytes

@@ -234,6 +234,14 @@ class Rendezvous:
         for peer in self._peers:
             assert self._words[peer + tag_word] == tag, self.describe_mismatch()
 
+    def exchange(self, word: int) -> list[int]:
+        """A collective of its own: every rank brings a word of 8 bytes -> all of them, by rank."""
+        self.begin()
+        self.arrive(word)
+        self._wait_for_arrivals()
+        tag_word = _TAG + (self._arrived & 1)
+        return [self._words[_rank_word(rank) + tag_word] for rank in range(self._region.size)]
+
     def _wait_for_arrivals(self) -> None:
         words, goal = self._words, self._arrived
         for peer in self._peers:

@@ -39,13 +39,15 @@ class ShmGroup:
         *,
         two_phase_from: int = TWO_PHASE_FROM,
         library: Library | None = None,
+        rendezvous: Rendezvous | None = None,
     ):
+        """`rendezvous`: of another group over the same region, whose collectives take turns with those of this one."""
         self.epoch = region.epoch
         self.rank = rank
         self.size = region.size
         self._two_phase_from = two_phase_from
         self._region = region
-        self._rendezvous = Rendezvous(region, rank, timeout_s)
+        self._rendezvous = rendezvous or Rendezvous(region, rank, timeout_s)
         self._slot_bytes = region.slot_bytes
         self._views: dict[int, tuple[list[Tensor], list[Tensor]]] = {}
         with torch.inference_mode(False):  # tensors made in inference mode could not be written outside of it

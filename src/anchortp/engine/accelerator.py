@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from anchortp.arena import MemfdArena, PinnedMapping, VmmDriver, driver_of
-from anchortp.comm import GlooGroup, Group, NcclGroup, PeerGroup, ShmGroup, ShmRegion, StagedGroup
+from anchortp.comm import GlooGroup, Group, Kept, MixedGroup, NcclGroup, PeerGroup, ShmGroup, ShmRegion, StagedGroup
 from anchortp.comm.peer import mark_stream
 from anchortp.config import ModelConfig
 from anchortp.devices import Device
 from anchortp.layout import model_units
 from anchortp.model import Capture, CudaGraphs, TorchKernels
-from anchortp.model.paged import FlashInfer, open_flashinfer
+from anchortp.model.paged import FlashInfer, Sdpa, open_flashinfer
 from anchortp.native import Library
 
 
@@ -28,11 +28,13 @@ class Accelerator:
 
     `open_driver`: of arenas made of chunks, so that this device can read them; None on plain CPU devices. `alone`: held
     during a capture. A thread takes it before it does what waits for the whole device, which would void the capture.
+    `kept`: what one group of this worker leaves for the next.
     """
 
     torch_device: torch.device | None
     open_driver: Callable[[], VmmDriver] | None
     alone: AbstractContextManager[object] = field(default_factory=threading.Lock)
+    kept: Kept = field(default_factory=Kept)
 
     @classmethod
     def of(cls, device: Device) -> Accelerator:
@@ -72,8 +74,13 @@ class Accelerator:
             return CudaGraphs(self.torch_device, self.alone)
         return None if self.open_driver is None else _compute_again
 
-    def paged(self, config: ModelConfig, block_size: int) -> FlashInfer:
-        assert self.torch_device is not None, "config lets it through for GPUs alone"
+    def paged(self, attention: str, config: ModelConfig, block_size: int) -> FlashInfer | Sdpa | None:
+        """The library by which a decoder attends; None for its own matrices."""
+        if attention == "torch":
+            return None
+        if attention == "sdpa":
+            return Sdpa(config, block_size)
+        assert self.torch_device is not None, "config lets FlashInfer through for GPUs alone"
         return open_flashinfer(config, block_size, self.torch_device)
 
     def fused(self, config: ModelConfig) -> TorchKernels:
@@ -100,38 +107,53 @@ def _reached() -> bool:
     return True
 
 
-# Region, rank, timeout, the accelerator, a path for a store that no other group uses, every rank's slots, and kernels.
-_MakeGroup = Callable[[ShmRegion, int, float, Accelerator, str, list[Tensor], Library | None], Group]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Formation:
+    """What one rank makes its group of. `members`: the devices, in rank order. `store_path`: of a file that no other
+    group uses. `slots`: every rank's memory, for groups that sum in it. `library`: kernels of CPUs that take part."""
+
+    region: ShmRegion
+    rank: int
+    timeout_s: float
+    members: tuple[str, ...]
+    store_path: str
+    slots: list[Tensor] = field(default_factory=list)
+    library: Library | None = None
+
+    @property
+    def place(self) -> tuple[ShmRegion, int, float]:
+        return self.region, self.rank, self.timeout_s
 
 
-def _shm(
-    region: ShmRegion,
-    rank: int,
-    timeout_s: float,
-    accelerator: Accelerator,
-    _: str,
-    __: list[Tensor],
-    library: Library | None,
-) -> Group:
-    host = ShmGroup(region, rank, timeout_s, library=library)
+def _shm(f: Formation, accelerator: Accelerator) -> Group:
+    host = ShmGroup(*f.place, library=f.library)
     return host if accelerator.torch_device is None else StagedGroup(host)
 
 
-def _gloo(region: ShmRegion, rank: int, timeout_s: float, _: Accelerator, store_path: str, *__: object) -> Group:
-    return GlooGroup(region, rank, timeout_s, store_path=store_path)
+def _gloo(f: Formation, _: Accelerator) -> Group:
+    return GlooGroup(*f.place, store_path=f.store_path)
 
 
-def _peer(
-    region: ShmRegion, rank: int, timeout_s: float, accelerator: Accelerator, _: str, slots: list[Tensor], *__: object
-) -> Group:
-    return PeerGroup(region, rank, timeout_s, slots, mark=accelerator.mark)
+def _peer(f: Formation, accelerator: Accelerator) -> Group:
+    return PeerGroup(*f.place, f.slots, mark=accelerator.mark)
 
 
-def _nccl(
-    region: ShmRegion, rank: int, timeout_s: float, accelerator: Accelerator, store_path: str, *_: object
-) -> Group:
+def _nccl(f: Formation, accelerator: Accelerator) -> NcclGroup:
     assert accelerator.torch_device is not None, "config lets nccl through for GPUs alone"
-    return NcclGroup(region, rank, timeout_s, store_path=store_path, device=accelerator.torch_device)
+    device = accelerator.torch_device
+    return NcclGroup(*f.place, store_path=f.store_path, device=device, members=f.members, kept=accelerator.kept)
 
 
-GROUPS: dict[str, _MakeGroup] = {"shm": _shm, "gloo": _gloo, "peer": _peer, "nccl": _nccl}
+def _mixed(f: Formation, accelerator: Accelerator) -> Group:
+    large = _nccl(f, accelerator)
+    small = PeerGroup(*f.place, f.slots, mark=accelerator.mark, rendezvous=large.rendezvous)
+    return MixedGroup(small, large, f.region.slot_bytes)
+
+
+GROUPS: dict[str, Callable[[Formation, Accelerator], Group]] = {
+    "shm": _shm,
+    "gloo": _gloo,
+    "peer": _peer,
+    "nccl": _nccl,
+    "mixed": _mixed,
+}

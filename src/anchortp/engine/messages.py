@@ -29,8 +29,8 @@ class Assign(_Message):
     refused when it is opened.
 
     `packed_folder`: where weights are kept as arenas hold them (`transfer.packed`); "": nowhere. `graphs`:
-    capture decode steps, on GPUs. `attention`: "torch" or "flashinfer". `kernels`: the library of our own, "": torch's,
-    or `triton`'s.
+    capture decode steps, on GPUs. `attention`: as in `EngineConfig`. `kernels`: the library of our own, "": torch's, or
+    `triton`'s.
     """
 
     device: str

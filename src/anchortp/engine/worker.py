@@ -23,10 +23,10 @@ import torch
 
 from anchortp.arena import IntervalSet, MemfdArena, PinnedMapping
 from anchortp.comm import Group, ShmRegion
-from anchortp.config import ModelConfig
+from anchortp.config import GROUPS_WITH_SLOTS, ModelConfig
 from anchortp.devices import Device, parse_device
 from anchortp.engine import messages as m
-from anchortp.engine.accelerator import GROUPS, Accelerator
+from anchortp.engine.accelerator import GROUPS, Accelerator, Formation
 from anchortp.engine.device_errors import verdict_of
 from anchortp.engine.faults import FaultProbe
 from anchortp.engine.kv_blocks import KVBlocks, Pair
@@ -67,7 +67,7 @@ from anchortp.model import (
     panels,
 )
 from anchortp.model.decoder import Gate
-from anchortp.model.paged import FlashInfer
+from anchortp.model.paged import FlashInfer, Sdpa
 from anchortp.native import Library
 from anchortp.plan.plan import FromHost, FromPeer, Move
 from anchortp.recovery.change import arrangement
@@ -156,7 +156,7 @@ class _Assignment:
     geometry: Geometry
     kv: KVAddresses
     accelerator: Accelerator
-    paged: FlashInfer | None
+    paged: FlashInfer | Sdpa | None
     kernels: TorchKernels
     stream: Streamer | None
     anchor: AnchorClient
@@ -254,7 +254,7 @@ class Worker:
         probe = FaultProbe(order.strikes, order.runtime_dir, lambda kind: _inject(order, kind))
         addresses = WeightAddresses(units=units, page_bytes=device.page_bytes)
         accelerator = Accelerator.of(device)
-        paged = accelerator.paged(config, order.kv_block_size) if order.attention == "flashinfer" else None
+        paged = accelerator.paged(order.attention, config, order.kv_block_size)
         self._assignment = _Assignment(
             device=order.device,
             units=units,
@@ -663,11 +663,17 @@ class Worker:
     def _make_group(self, rank: int, devices: Sequence[str]) -> Group:
         a = self._assigned()
         assert self._region is not None
-        make = GROUPS[a.order.collectives]
         store_path = Path(a.order.runtime_dir, f"{a.order.collectives}-{self._epoch}")
-        slots = self._all_slots(devices) if a.order.collectives == "peer" else []
-        library = a.kernels.library if isinstance(a.kernels, NativeKernels) else None
-        group = make(self._region, rank, GROUP_TIMEOUT_S, a.accelerator, str(store_path), slots, library)
+        formation = Formation(
+            region=self._region,
+            rank=rank,
+            timeout_s=GROUP_TIMEOUT_S,
+            members=tuple(devices),
+            store_path=str(store_path),
+            slots=self._all_slots(devices) if a.order.collectives in GROUPS_WITH_SLOTS else [],
+            library=a.kernels.library if isinstance(a.kernels, NativeKernels) else None,
+        )
+        group = GROUPS[a.order.collectives](formation, a.accelerator)
         return _ProbedGroup(group, a.probe) if a.probe else group
 
     def _all_slots(self, devices: Sequence[str]) -> list[torch.Tensor]:

@@ -20,7 +20,7 @@ from anchortp.model.batch import SHORT_CHUNK_TOKENS, DecodeGroup, ForwardBatch, 
 from anchortp.model.kernels import Places, TorchKernels
 from anchortp.model.kv_cache import KVCache
 from anchortp.model.moe import MoE
-from anchortp.model.paged import Attend, FlashInfer
+from anchortp.model.paged import Attend, FlashInfer, Sdpa
 from anchortp.model.rope import RopeTables
 from anchortp.model.weights import LayerWeights, WeightViews
 
@@ -94,10 +94,10 @@ class Decoder:
         weights: WeightViews,
         kv_cache: KVCache,
         max_model_len: int,
-        paged: FlashInfer | None = None,
+        paged: FlashInfer | Sdpa | None = None,
         kernels: TorchKernels | None = None,
     ):
-        """`paged`: what attends; else torch does, to what it gathers."""
+        """`paged`: the library that attends; else matrices are multiplied."""
         self.paged = paged
         self.kernels = kernels or TorchKernels()
         self.units = units

@@ -1,4 +1,6 @@
-"""Attention over KV planes where they lie, by FlashInfer [worker].
+"""Attention by libraries [worker]: FlashInfer's over KV planes where they lie, torch's over what is gathered of them.
+
+Both make a plan of each step, which then attends in every layer.
 
 FlashInfer's paged caches are `[pages, heads, page_size, head_dim]` ("HND") of any strides, the same for keys and values
 and below 2**32 elements. A layer's planes are such a cache: of keys from the first plane on, of values from the second,
@@ -16,9 +18,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from anchortp.config import ModelConfig
-from anchortp.model.batch import ForwardBatch
+from anchortp.model.batch import DecodeGroup, ForwardBatch, PrefillChunk
 
 WORKSPACE_BYTES = 128 << 20  # its own recommendation
 
@@ -131,6 +134,92 @@ class FixedPlan:
     def attend(self, queries: Tensor, cache: Tensor) -> Tensor:
         assert self._attend is not None, "plan first"
         return self._attend(queries, cache)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Part:
+    """Rows `[start, stop)` that attend in one call: some sequences with as many queries each."""
+
+    start: int
+    stop: int
+    num_sequences: int
+    blocks: Tensor  # int64 [sequences * blocks]
+    num_keys: int  # that are attended to, from each sequence's first on
+    mask: Tensor | None  # additive [sequences or 1, 1, queries * q heads per KV head, num_keys]
+    is_causal: bool = False  # its queries are its keys, and there is no mask
+
+
+class Sdpa:
+    """Torch's `scaled_dot_product_attention`, for any model, dtype and device.
+
+    The q heads of a KV head are so many queries more, not heads: then torch's kernel that takes a mask on GPUs, and no
+    grouped heads, takes both. A chunk that begins its sequence needs no mask, so it has heads, and torch's flash
+    attention. Whole blocks are gathered: what no token has been written to is zero (`ForwardBatch.opened_blocks`).
+    """
+
+    def __init__(self, config: ModelConfig, block_size: int):
+        self._head_dim, self._block_size = config.head_dim, block_size
+        self._dtype: torch.dtype = getattr(torch, config.dtype)
+
+    def fixed(self, num_sequences: int, num_blocks: int) -> None:
+        """Nothing is to be made ahead: `plan` does all on the device, in shapes that only the batch's own decide, so it
+        is captured with the step."""
+
+    def plan(self, batch: ForwardBatch, num_heads: tuple[int, int]) -> Attend:
+        """As `FlashInfer.plan`."""
+        group = num_heads[0] // num_heads[1]
+        parts = [self._decode(part, group) for part in batch.decode]
+        parts += [self._prefill(chunk, batch.positions, group) for chunk in batch.prefill]
+
+        def attend(queries: Tensor, cache: Tensor) -> Tensor:
+            found = [self._attend(part, queries[part.start : part.stop], cache) for part in parts]
+            return found[0] if len(found) == 1 else torch.cat(found)
+
+        return attend
+
+    def _decode(self, part: DecodeGroup, group: int) -> _Part:
+        return _Part(
+            start=part.start,
+            stop=part.stop,
+            num_sequences=part.blocks.shape[0],
+            blocks=part.blocks.flatten(),
+            num_keys=part.num_keys,
+            mask=None if part.valid is None else self._mask(part.valid.unsqueeze(1), group),
+        )
+
+    def _prefill(self, chunk: PrefillChunk, positions: Tensor, group: int) -> _Part:
+        is_causal = chunk.num_keys == chunk.stop - chunk.start
+        # A mask of whole blocks, so that its rows begin where a kernel can read them at once.
+        num_keys = chunk.num_keys if is_causal else chunk.blocks.shape[1] * self._block_size
+        seen = None if is_causal else torch.arange(num_keys) <= positions[chunk.start : chunk.stop].unsqueeze(1)
+        return _Part(
+            start=chunk.start,
+            stop=chunk.stop,
+            num_sequences=1,
+            blocks=chunk.blocks.flatten(),
+            num_keys=num_keys,
+            mask=None if seen is None else self._mask(seen.unsqueeze(0), group),
+            is_causal=is_causal,
+        )
+
+    def _mask(self, seen: Tensor, group: int) -> Tensor:
+        """`seen`: bool `[sequences, queries, keys]`."""
+        mask = torch.zeros(seen.shape, dtype=self._dtype).masked_fill_(~seen, float("-inf"))
+        return mask.repeat_interleave(group, dim=1).unsqueeze(1)
+
+    def _attend(self, part: _Part, queries: Tensor, cache: Tensor) -> Tensor:
+        planes = cache.view(cache.shape[0], -1, self._block_size * self._head_dim)
+        gathered = planes.index_select(1, part.blocks).view(cache.shape[0], part.num_sequences, -1, self._head_dim)
+        keys, values = (gathered[which::2, :, : part.num_keys].transpose(0, 1) for which in (0, 1))
+        if part.is_causal:
+            by_head = queries.transpose(0, 1).unsqueeze(0)
+            attended = scaled_dot_product_attention(by_head, keys, values, is_causal=True, enable_gqa=True)
+            return attended.squeeze(0).transpose(0, 1)
+        num_kv = keys.shape[1]
+        by_kv = queries.view(part.num_sequences, -1, num_kv, queries.shape[1] // num_kv, self._head_dim).transpose(1, 2)
+        folded = by_kv.reshape(part.num_sequences, num_kv, -1, self._head_dim)
+        attended = scaled_dot_product_attention(folded, keys, values, attn_mask=part.mask)
+        return attended.view(by_kv.shape).transpose(1, 2).reshape(queries.shape)
 
 
 def as_paged(cache: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -109,7 +109,9 @@ class RecoveryConfig:
 
     `kv_blocks`: blocks of `kv_block_size` tokens that are wanted; `min_kv_blocks`: fewer are not worth serving.
     `max_failures`: a device whose worker dies that often without the engine serving in between is given up.
-    `load_bytes_per_s`: a load slower than this counts as hung. `kv_mirror`: the host keeps copies of KV blocks.
+    `load_bytes_per_s`: a load slower than this counts as hung. `fence_timeout_s`: a killed worker that has not ended by
+    then (the driver waits for a kernel that hangs, the kernel for a device) takes its device with it.
+    `kv_mirror`: the host keeps copies of KV blocks.
     `policy`: who plans, see `plan.POLICIES`. `pipelined`: serve while weights still arrive.
     """
 
@@ -122,6 +124,7 @@ class RecoveryConfig:
     load_timeout_s: float = 30.0
     load_bytes_per_s: float = 20e6
     form_timeout_s: float = 30.0
+    fence_timeout_s: float = 20.0
     max_failures: int = 3
     kv_mirror: bool = False
     policy: str = "makespan"
@@ -227,7 +230,9 @@ class Coordinator:
     @property
     def deadline_s(self) -> float | None:
         change = self._change.deadline_s if self._change is not None else None
-        return min((d for d in (self._phase_deadline_s, self._load_deadline_s, change) if d is not None), default=None)
+        fences = [self._fence_deadline_s(device) for device in (*self._devices.values(), *self._joining.values())]
+        deadlines = (self._phase_deadline_s, self._load_deadline_s, change, *fences)
+        return min((d for d in deadlines if d is not None), default=None)
 
     @property
     def load_deadline_s(self) -> float | None:
@@ -294,7 +299,7 @@ class Coordinator:
         device = self._find(event.device)
         if device is None or not device.has_worker:
             return
-        device.has_worker = False
+        device.has_worker, device.fenced_s = False, None
         device.failures += 1
         self._waiting.discard(event.device)
         self._forget_load(event.device)
@@ -309,7 +314,7 @@ class Coordinator:
         self._begin_episode_if_serving(f"worker of {event.device} hangs: {event.reason}")
         self._say(f"fence {event.device}: {event.reason}")
         # The answer is WorkerGone, which then raises the epoch: a hung worker is a crash made certain.
-        self._do(Fence(device=event.device, reason=event.reason))
+        self._fence(event.device, event.reason)
 
     def _on_anchor_gone(self, event: AnchorGone) -> None:
         device = self._find(event.device)
@@ -361,7 +366,7 @@ class Coordinator:
         if self.phase != ADOPTING:
             return
         if not event.ok:
-            self._do(Fence(device=event.device, reason="no anchor can hold its memory"))
+            self._fence(event.device, "no anchor can hold its memory")
             return
         self._arrived(event.device, self._attach)
 
@@ -478,6 +483,10 @@ class Coordinator:
             self._arrived(event.device, self._serve)
 
     def _on_tick(self, event: Tick) -> None:
+        for name in [*self._devices, *self._joining]:
+            device = self._find(name)  # gone with another one, perhaps
+            if device is not None and self._is_over(self._fence_deadline_s(device)):
+                self._lose_with_its_worker(name, device)
         if self._is_over(self._phase_deadline_s):
             self._phase_deadline_s = self._now + self.config.leave_timeout_s
             self._fence_late(self._waiting, f"phase {self.phase}")
@@ -498,7 +507,33 @@ class Coordinator:
         for name in late:
             device = self._find(name)
             if device is not None and device.has_worker:
-                self._do(Fence(device=name, reason=f"no answer in {what}"))
+                self._fence(name, f"no answer in {what}")
+
+    def _fence(self, name: str, reason: str) -> None:
+        """Of a device with a worker. The answer is WorkerGone, or none until `fence_timeout_s` is over."""
+        device = self._find(name)
+        assert device is not None
+        if device.fenced_s is None:
+            device.fenced_s = self._now
+        self._do(Fence(device=name, reason=reason))
+
+    def _fence_deadline_s(self, device: Device) -> float | None:
+        return None if device.fenced_s is None else device.fenced_s + self.config.fence_timeout_s
+
+    def _lose_with_its_worker(self, name: str, device: Device) -> None:
+        """SIGKILL has not ended its worker. Whatever that hangs in may still write, so nothing there is believed."""
+        assert device.fenced_s is not None
+        cause = f"worker of {name} cannot be ended"
+        reason = f"its worker has not ended {self._now - device.fenced_s:.1f} s after SIGKILL and may still write to it"
+        device.has_worker, device.fenced_s = False, None
+        self._waiting.discard(name)
+        self._forget_load(name)
+        if name in self._joining:
+            self._lose_joining(name, reason)
+            return
+        self._begin_episode_if_serving(cause)
+        self._lose(name, reason)
+        self._fault(cause, name)
 
     # ------------------------------------------------------------------------------------------- phases
 
@@ -990,7 +1025,8 @@ class Coordinator:
         self._end_change(episode, f"first the KV cache shrinks to {blocks} blocks to make room")
         self._change, self._kv_cap = None, blocks
         self._wishes.appendleft(wish)
-        self._begin_episode(f"make room for: {wish.why}")
+        if self._recovery.ended_s is not None:  # else a worker has just been fenced, and this is part of that
+            self._begin_episode(f"make room for: {wish.why}")
         self._raise_epoch()
 
     def _load_behind(self) -> None:
@@ -1069,6 +1105,8 @@ class Coordinator:
             self._next_change()
         elif change is not None and self.phase not in (CENSUS, REFUSING):
             self._fault(cause, name)
+        elif self.phase == LEAVING and not self._waiting:
+            self._take_census()  # it was the last that had not left
 
     def _cancel_loads(self) -> None:
         for ticket, order in self._orders.items():

@@ -16,7 +16,8 @@ from anchortp.layout import KV, KVAddresses, Layout, ModelUnits, Shard, WeightAd
 class Device:
     """`shard`: what is whole in its arena. `fresh`: nothing is, not even the replicated tensors. `arranging`: its
     units are being moved to these slots; if its worker dies meanwhile, nothing in it can be believed.
-    `planes`: KV heads whose planes are as good as the coordinator says the cache is.
+    `planes`: KV heads whose planes are as good as the coordinator says the cache is. `fenced_s`: clock time since when
+    its worker has been told to end and has not.
     """
 
     budget_bytes: int
@@ -27,6 +28,7 @@ class Device:
     failures: int = 0
     planes: frozenset[int] = frozenset()
     arranging: Shard | None = None
+    fenced_s: float | None = None
 
 
 def fitting_kv_blocks(

@@ -246,7 +246,8 @@ class Abort:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fence:
-    """Kill the device's worker so that it can never write again. Answered by `WorkerGone`."""
+    """Kill the device's worker so that it can never write again. Answered by `WorkerGone`; if that does not come in
+    time the device is lost, and `Drop` follows."""
 
     device: str
     reason: str

@@ -1,12 +1,13 @@
 """The anchor: the daemon of one device. It owns the device's memory and outlives every process that computes.
 
-One thread, one loop, nothing that blocks: requests are answered in the order in which they come. A client
-that misbehaves, or does not read, is dropped; the others do not notice.
+One loop, nothing that blocks: requests are answered in the order in which they come. A client that misbehaves, or
+does not read, is dropped; the others do not notice. (On a GPU another thread waits for what ends it; see `gpu_health`.)
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import selectors
 import signal
@@ -24,6 +25,7 @@ from typing import NoReturn
 import msgspec
 
 from anchortp.arena import ChunkPool, MemfdArena, VmmArena, driver_of
+from anchortp.arena.cuda import open_cuda
 from anchortp.arena.vmm import raise_descriptor_limit
 from anchortp.devices import parse_device
 from anchortp.errors import (
@@ -37,6 +39,7 @@ from anchortp.errors import (
     WireError,
 )
 from anchortp.state import process
+from anchortp.state.gpu_health import open_watch, watch_aside
 from anchortp.state.launch import anchor_socket
 from anchortp.state.manifest import Manifest
 from anchortp.state.memory import DeviceMemory
@@ -130,6 +133,10 @@ class Anchor:
     def stop_when_readable(self, sock: socket.socket) -> None:
         """Stops the loop once there is something to read: how a signal reaches it."""
         self._selector.register(sock, selectors.EVENT_READ, lambda _: self.stop())
+
+    def lose_when_readable(self, sock: socket.socket) -> None:
+        """Ends the device, and this process, once there is a reason to be read."""
+        self._selector.register(sock, selectors.EVENT_READ, lambda _: self._lost_by_itself(sock.recv(4096).decode()))
 
     def close(self) -> None:
         """Lets go of everything. The address is free before the first client sees its connection end."""
@@ -428,15 +435,27 @@ class Anchor:
         finally:
             os._exit(EXIT_LOST)
 
+    def _lost_by_itself(self, reason: str) -> NoReturn:
+        """The worker goes first: if it outlived this process, that would be an anchor that crashed, whose memory it
+        hands over to another one."""
+        try:
+            self._listener.stop_listening()
+            self._end_worker()
+        finally:
+            self._end_lost(f"lost: {reason}")
+
+    def _end_worker(self) -> None:
+        if self._lease is not None:
+            process.kill(self._lease.pidfd, signal.SIGKILL)
+            if not process.wait_dead(self._lease.client.pid, _KILL_TIMEOUT_S):
+                _log(f"process {self._lease.client.pid} did not end within {_KILL_TIMEOUT_S} s")
+
     def _lose_device(self) -> NoReturn:
         """The device dies. On a real one the computation dies with its memory, so the worker goes first; the
         garbage then makes whoever still reads this memory compute wrong numbers."""
         try:
             self._listener.stop_listening()
-            if self._lease is not None:
-                process.kill(self._lease.pidfd, signal.SIGKILL)
-                if not process.wait_dead(self._lease.client.pid, _KILL_TIMEOUT_S):
-                    _log(f"process {self._lease.client.pid} did not end within {_KILL_TIMEOUT_S} s")
+            self._end_worker()
             # Nobody is to wait for a device that is gone while its memory is still being overwritten.
             for client in self._clients:
                 if client.role == "controller":
@@ -491,8 +510,10 @@ def run_anchor(*, device: str, budget_bytes: int, runtime_dir: str, ready_fd: in
         listener.close()
         raise
     wakeup, wakeup_end = socket.socketpair()
+    lost, lost_end = socket.socketpair()
     try:
         _wake_on_sigterm(anchor, wakeup, wakeup_end)
+        _listen_for_its_end(anchor, lost, lost_end)
         _log(f"{device}: {budget_bytes} bytes, at {listener.path}; ends on SIGTERM")
         if ready_fd is not None:
             _tell(ready_fd, Ready(pid=os.getpid()))
@@ -500,9 +521,27 @@ def run_anchor(*, device: str, budget_bytes: int, runtime_dir: str, ready_fd: in
     finally:
         anchor.close()
         signal.set_wakeup_fd(-1)
-        wakeup.close()
-        wakeup_end.close()
+        for end in (wakeup, wakeup_end, lost, lost_end):
+            end.close()
         _log("stopped")
+
+
+def _listen_for_its_end(anchor: Anchor, lost: socket.socket, lost_end: socket.socket) -> None:
+    """Of a GPU. Without NVML the anchor serves all the same, and the log says so."""
+    if parse_device(anchor.device).kind != "cuda":
+        return
+    try:
+        watch = open_watch(open_cuda(parse_device(anchor.device).index).pci_bus_id())
+    except ConfigError as error:
+        _log(f"a failure of this GPU is only seen by the calls that it fails: {error}")
+        return
+    anchor.lose_when_readable(lost)
+
+    def tell(reason: str) -> None:
+        with contextlib.suppress(OSError):  # the anchor has just stopped
+            lost_end.send(reason.encode()[:4096])
+
+    watch_aside(watch, tell, _log)
 
 
 def _listen(device: str, runtime_dir: str) -> Listener:

@@ -1,22 +1,31 @@
 """Sources and the destination of a load into memory that is mapped as a tensor: a GPU's, or a simulated one's.
 
 As in `transfer.sources`, on the threads of a load. On a GPU each thread copies on a stream of its own, so that kernels
-go on meanwhile, and waits for its copies: what has been read is there.
+go on meanwhile, and a chunk's last copy is waited for: what has been read is there.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from anchortp.errors import StateError
+from anchortp.layout import UnitTensor
 from anchortp.transfer.sources import Source
 from anchortp.transfer.work import Chunk
 
-_mine = threading.local()  # of a load's thread: its stream and its staging buffer
+_mine = threading.local()  # of a load's thread: its stream and its staging buffers
+
+
+class Stream(Protocol):
+    def copy(self, out: Tensor, data: Tensor) -> Callable[[], None]:
+        """Begins a copy behind those before it; the result returns when it is made. Until then `data` stays as it
+        is."""
+        ...
 
 
 class DeviceDestination:
@@ -34,26 +43,49 @@ class DeviceDestination:
     def view(self, start: int, stop: int) -> memoryview:
         """The bytes as the device has them, brought to the host; valid until this thread's next view or read."""
         data = self._buffer[start:stop]
-        staged = _staging(data.numel(), pinned=data.is_cuda)
+        staged = _staging(0, data.numel(), pinned=data.is_cuda)
         _copy(staged, data)
         return memoryview(staged.numpy())
 
 
 class StagedSource:
-    """A source that reads into host memory, for a destination that is not: chunks go through a (pinned) buffer."""
+    """A source that reads into host memory, for a destination that is not: chunks go through two (pinned) buffers, a
+    piece at a time, so that a piece is read while the one before is copied.
+    """
 
-    def __init__(self, inner: Source):
+    def __init__(self, inner: Source, open_stream: Callable[[torch.device], Stream] | None = None):
+        """`open_stream`: of the calling thread, to a device; by default torch's."""
         self._inner = inner
+        self._open_stream = open_stream or _stream
         self.check_unchanged = inner.check_unchanged
         self.prefetch = inner.prefetch
         self.close = inner.close
 
     def read(self, chunk: Chunk, out: Tensor, stopped: Callable[[], bool]) -> list[int] | None:
-        """The digests are of what lies in the buffer: to bring it back from a GPU would cost as much as the load."""
-        staged = _staging(out.numel(), pinned=out.is_cuda)
-        digests = self._inner.read(chunk, staged, stopped)
-        _copy(out, staged)
-        return digests
+        """The digests are of what lies in the buffers: to bring it back from a GPU would cost as much as the load."""
+        stream = self._open_stream(out.device)
+        digests: list[list[int] | None] = []
+        copied: list[Callable[[], None]] = [_is_copied, _is_copied]  # wait until a buffer has been copied from
+        try:
+            for number, piece in enumerate(_pieces(chunk)):
+                which = number % 2
+                copied[which]()
+                staged = _staging(which, piece.num_bytes, pinned=out.is_cuda)
+                digests.append(self._inner.read(piece, staged, stopped))
+                start = piece.start - chunk.start
+                copied[which] = stream.copy(out[start : start + piece.num_bytes], staged)
+        finally:
+            for wait in copied:  # also after an error: nothing is written behind it, and the buffers are free
+                wait()
+        return None if None in digests else [value for found in digests for value in found or ()]
+
+
+def _pieces(chunk: Chunk) -> Iterator[Chunk]:
+    tensor = chunk.region.tensor
+    if isinstance(tensor, UnitTensor) and all(part.axis == 0 for part in tensor.parts) and chunk.is_whole:
+        yield from (chunk.part(piece) for piece in chunk.pieces(chunk.region.segment_bytes))
+    else:  # columns: fewer at a time would be read as many times from the file
+        yield chunk
 
 
 class MappedSource:
@@ -85,21 +117,50 @@ class MappedSource:
         self._on_close()
 
 
-def _staging(num_bytes: int, *, pinned: bool) -> Tensor:
+def _staging(which: int, num_bytes: int, *, pinned: bool) -> Tensor:
+    """The calling thread's first or second buffer."""
     held = getattr(_mine, "staging", None)
-    if held is None or held.numel() < num_bytes:
-        held = _mine.staging = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
-    return held[:num_bytes]
+    if held is None:
+        held = _mine.staging = [torch.empty(0, dtype=torch.uint8)] * 2
+    if held[which].numel() < num_bytes:
+        held[which] = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=pinned)
+    return held[which][:num_bytes]
+
+
+class CudaStream:
+    """A queue of copies beside the one in which the steps run."""
+
+    def __init__(self, device: torch.device):
+        self._stream = torch.cuda.Stream(device=device)
+
+    def copy(self, out: Tensor, data: Tensor) -> Callable[[], None]:
+        with torch.cuda.stream(self._stream):
+            out.copy_(data, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        return event.synchronize
+
+
+class HostStream:
+    """Where the device's memory is the host's."""
+
+    def copy(self, out: Tensor, data: Tensor) -> Callable[[], None]:
+        out.copy_(data)
+        return _is_copied
+
+
+def _is_copied() -> None:
+    pass
+
+
+def _stream(device: torch.device) -> Stream:
+    if device.type != "cuda":
+        return HostStream()
+    if getattr(_mine, "stream", None) is None:
+        _mine.stream = CudaStream(device)
+    return _mine.stream
 
 
 def _copy(out: Tensor, data: Tensor) -> None:
     """Returns when the bytes are there."""
-    if not (out.is_cuda or data.is_cuda):
-        out.copy_(data)
-        return
-    stream = getattr(_mine, "stream", None)
-    if stream is None:
-        stream = _mine.stream = torch.cuda.Stream(device=out.device if out.is_cuda else data.device)
-    with torch.cuda.stream(stream):
-        out.copy_(data, non_blocking=True)
-    stream.synchronize()
+    _stream(out.device if out.is_cuda else data.device).copy(out, data)()

@@ -109,6 +109,22 @@ class Chunk:
             piece.append(segment)
         yield piece
 
+    def part(self, piece: Sequence[Segment]) -> Chunk:
+        """Of a chunk of whole segments: some that follow one another, as a chunk."""
+        first, last = piece[0], piece[-1]
+        skipped = first.unit - self.unit
+        return replace(
+            self,
+            unit=first.unit,
+            num_units=last.unit - first.unit + 1,
+            slot=first.slot,
+            first_byte=first.start - (self.start - self.first_byte + skipped * self.region.block_bytes),
+            num_bytes=last.stop - first.start,
+            source_slot=self.source_slot + skipped if self.source != HOST else 0,
+            start=first.start,
+            source_start=self.source_start + first.start - self.start if self.source != HOST else 0,
+        )
+
     def __str__(self) -> str:
         units = f"{self.unit}" if self.num_units == 1 else f"{self.unit} to {self.unit + self.num_units - 1}"
         return f"{self.region.tensor.key} (copy {self.region.copy}) of {self.region.family} {units}"
