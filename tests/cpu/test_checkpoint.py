@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from anchortp.config import load_model_config
+from anchortp.config import cache_folder, load_model_config
 from anchortp.errors import CheckpointError, ConfigError
 from anchortp.layout import (
     ATTENTION,
@@ -27,11 +27,13 @@ from anchortp.layout import (
     initial_layout,
     model_units,
 )
+from anchortp.native import build_kernels
 from anchortp.transfer import checkpoint as checkpoint_module
 from anchortp.transfer.checkpoint import INDEX_NAME, STRIP_COLUMNS, Checkpoint, _transpose
 from anchortp.transfer.fingerprint import fingerprint
 from anchortp.transfer.hub import resolve_model
 from anchortp.transfer.loader import Item, coalesce, load_replicated, load_units
+from anchortp.transfer.streamed import Streamer
 from tests.cpu.model_tools import devices, nan_buffer, random_layout, shard_items
 
 HIDDEN, HEAD_DIM, Q_HEADS, KV_HEADS, WIDTH, VOCABULARY, LAYERS = 24, 8, 4, 2, 96, 45, 2
@@ -93,13 +95,22 @@ def expected_block(units: ModelUnits, tensor: UnitTensor, layer: int, unit: int,
     return torch.stack(rows)
 
 
+@pytest.fixture(scope="module")
+def kernels() -> Streamer:
+    return Streamer(str(build_kernels(cache_folder() / "kernels")))
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("served", ["float32", "bfloat16"])
-def test_every_unit_lands_in_its_slot(tmp_path: Path, stored: torch.dtype, served: str) -> None:
+@pytest.mark.parametrize("by", ["torch", "kernels"])
+def test_every_unit_lands_in_its_slot(
+    tmp_path: Path, stored: torch.dtype, served: str, by: str, kernels: Streamer
+) -> None:
     weights = tensors(stored)
     folder, _ = write(tmp_path / "m", weights)
     units = model_units(load_model_config(folder, served))
-    addresses, checkpoint = WeightAddresses(units=units), Checkpoint.open(folder, units)
+    addresses = WeightAddresses(units=units)
+    checkpoint = Checkpoint.open(folder, units, stream=kernels if by == "kernels" else None)
     for shard in random_layout(units, 3, random.Random(0)).shards:
         buffer = nan_buffer(addresses.reserved_bytes)
         load_replicated(checkpoint, buffer, addresses)

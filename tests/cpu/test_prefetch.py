@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import re
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,3 +142,26 @@ def test_what_is_packed_is_asked_for_where_it_lies(bench, folder, tmp_path):
 def chunks_of(bench):
     shard = initial_layout(bench.units, ["cpu:0"]).shards[0]
     return bench.geometry.chunks(work.complete(bench.geometry, "cpu:0", empty_shard("cpu:0"), shard, [], False))
+
+
+def mapped_bytes(path):
+    """Of a file's pages, what this process has mapped."""
+    found = re.findall(
+        rf"{re.escape(str(path))}\nSize:.*?\nRss:\s+(\d+) kB", Path("/proc/self/smaps").read_text(), re.S
+    )
+    return sum(map(int, found)) * 1024
+
+
+def test_columns_are_mapped_ahead_where_they_need_no_disk(folder):
+    path = folder / "model.safetensors"
+    evict(path)
+    bench = Bench(folder)  # not before: it maps the header
+    names = [f"model.layers.0.{name}.weight" for name in ("self_attn.o_proj", "mlp.down_proj")]
+    wanted = sum(bench.checkpoint.tensor(name).nbytes for name in names)
+    before = mapped_bytes(path)
+    assert list(bench.checkpoint.map_ahead())
+    assert mapped_bytes(path) - before < wanted / 4, "nobody asked for them to be read"
+    path.read_bytes()
+    assert list(bench.checkpoint.map_ahead())
+    assert wanted <= mapped_bytes(path) - before < 2 * wanted, "they alone"
+    bench.close()

@@ -9,10 +9,12 @@ import random
 
 import numpy as np
 import pytest
+import torch
 import xxhash
 
 from anchortp.arena.pages import MappedPages
 from anchortp.errors import ConfigError
+from anchortp.layout import PANEL_COLUMNS, PANEL_ROWS
 from anchortp.native import build, build_kernels
 from anchortp.transfer.streamed import Streamer
 from tests.cpu.test_native import PLAIN
@@ -39,6 +41,39 @@ def test_the_bytes_are_the_sources_and_the_sum_is_xxhashs(stream, skew):
         assert found == xxhash.xxh3_64_intdigest(source.tobytes()), length
         assert np.array_equal(target[first : first + length], source)
         assert (target[:first] == 0xFF).all() and (target[first + length :] == 0xFF).all()
+
+
+def test_columns_become_rows(stream):
+    """Held against torch; with what lies around the matrix untouched."""
+    rng, generator = random.Random(6), torch.Generator().manual_seed(6)
+    sizes = [(1, 1), (32, 32), (33, 31), (64, 96), *((rng.randint(1, 150), rng.randint(1, 150)) for _ in range(40))]
+    for rows, columns in sizes:
+        whole = torch.randint(-9999, 9999, (rows, columns + 5), generator=generator, dtype=torch.int16)
+        source, kept = whole.view(torch.bfloat16)[:, 3 : 3 + columns], rng.choice((0, 8, 32))
+        memory = torch.full((kept + rows * columns + 64,), -1, dtype=torch.int16)
+        out = memory[kept : kept + rows * columns].view(torch.bfloat16).view(columns, rows)
+        assert stream.columns(source, out)
+        assert torch.equal(out.view(torch.int16), whole[:, 3 : 3 + columns].t()), (rows, columns)
+        assert (memory[:kept] == -1).all() and (memory[kept + rows * columns :] == -1).all()
+
+
+def test_columns_of_other_dtypes_are_left_to_torch(stream):
+    out = torch.zeros(2, 3)
+    assert not stream.columns(torch.ones(3, 2), out)
+    assert not stream.columns(torch.ones(3, 2, dtype=torch.float16), out.bfloat16())
+    assert not stream.columns(torch.ones(2, 3, dtype=torch.bfloat16).t(), out.bfloat16())
+    assert not out.any()
+
+
+@pytest.mark.parametrize("hidden", [PANEL_COLUMNS, 576, 1024])
+def test_rows_become_panels(stream, hidden):
+    plain = torch.randn(3 * PANEL_ROWS, hidden, generator=torch.Generator().manual_seed(7)).bfloat16()
+    memory = torch.full((plain.numel() + 64,), -1.0, dtype=torch.bfloat16)
+    out = memory[32:-32].view(plain.shape)
+    stream.panels(plain, out)
+    pairs = plain.view(torch.int32).view(3, PANEL_ROWS, -1).transpose(1, 2).contiguous()
+    assert torch.equal(out.view(torch.int32).flatten(), pairs.flatten())
+    assert (memory[:32] == -1).all() and (memory[-32:] == -1).all()
 
 
 def test_pages_that_cannot_be_had_are_not_ready(tmp_path):

@@ -26,14 +26,15 @@ END_TIMEOUT_S = 60.0
 
 
 class Bench:
-    """A checkpoint and the arenas of devices; closes what it opened. `stream`: how peers are read."""
+    """A checkpoint and the arenas of devices; closes what it opened. `stream`: how peers are read, and
+    weights rearranged."""
 
     def __init__(self, folder: Path, *, panels: bool = False, stream: Streamer | None = None):
         self.stream = stream
         self.units = model_units(replace(load_model_config(folder), panels=panels))
         self.addresses = WeightAddresses(units=self.units)
         self.geometry = Geometry(self.addresses)
-        self.checkpoint = Checkpoint.open(folder, self.units)
+        self.checkpoint = Checkpoint.open(folder, self.units, stream=stream)
         self.arenas: dict[str, MemfdArena] = {}
         self.buffers: dict[str, torch.Tensor] = {}
         self.gone: set[str] = set()
