@@ -33,7 +33,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: object, **options: int) ->
     with ONE_AT_A_TIME, _disable_current_modes():
         fused.launch(kernel, grid, *args, **options)
     if isinstance(recorder, _Recorder):
-        recorder.calls.append((launch, (kernel, grid, *args), options, None))
+        recorder.calls.append((launch, (kernel, grid, *args), options, []))
 
 
 KERNELS = fused.TritonKernels(launch)
