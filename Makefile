@@ -19,8 +19,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/anchortp demo $(DEMO)
 
+# Tests that start no processes of ours share the cores; those that do have them for themselves.
 test: $(STAMP) lint
+ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
+else
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile tests/pure tests/cpu
+	$(BIN)/python -m pytest tests/procs tests/gpu
+endif
 
 lint: $(STAMP)
 	$(BIN)/ruff check src tests bench

@@ -189,9 +189,9 @@ class Worker:
     def _idle(self, order: Idle) -> None:
         if order.huge_pages:
             _at_once(huge_pages(self.geometry.addresses, order.shard, self.buffer))
-        if False:
+        if order.path is None:
             _at_once(self.checkpoint.map_ahead())
-        elif order.path:
+        else:
             self.packed = PackedWeights(order.path, self.geometry)
             view = memoryview(self.buffer.numpy())
             _at_once(pack(self.packed, self.geometry, order.shard, lambda a, b: view[a:b], self.stream))
@@ -504,9 +504,8 @@ def measure_checksum(num_bytes: int = 1 << 20, repeats: int = 200) -> dict:
 
 def measure_host(machine: Machine, memcpy: Memcpy, repeats: int) -> dict:
     """One thread: rows and columns of the checkpoint, in the page cache, into warm memory."""
-    checkpoint = Checkpoint.open(
-        machine.folder, machine.units, Streamer(str(build_kernels(cache_folder() / "kernels")))
-    )
+    stream = Streamer(str(build_kernels(cache_folder() / "kernels")))
+    checkpoint = Checkpoint.open(machine.folder, machine.units, stream=stream)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     speeds: dict[str, list[float]] = {"memcpy": []}

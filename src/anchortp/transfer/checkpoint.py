@@ -64,8 +64,8 @@ class Checkpoint:
     ) -> Checkpoint:
         """Maps the weight files and checks every tensor that `units` needs: there, of the right shape, of a
         dtype that can be converted. Tensors that are not needed (a tied lm_head) are ignored. Experts may come
-        one by one or fused (`transfer.experts`). `stream`: what rearranges weights; else torch does, at a quarter to
-        a half of the speed.
+        one by one or fused (`transfer.experts`). `stream`: what rearranges weights; else torch does,
+        more slowly.
 
         `expected`: the folder's fingerprint (`transfer.fingerprint`) as it was when its weights were first served.
         What has changed since is refused, however well it would fit.
