@@ -138,6 +138,33 @@ def test_every_answer_is_valid_no_slower_within_limits_and_above_the_bound(quest
     np.testing.assert_allclose(answer.replica_loads.sum(axis=1), loads, atol=1e-9)
 
 
+def test_a_change_that_may_only_be_begun_is_not_begun_if_that_makes_steps_slower():
+    """Found by the test above: one of four copies is allowed, and adds a replica's cost alone."""
+    loads = np.array([[0.503, 0.256, 1.285], [0.226, 0.436, 0.51], [1.124, 1.282, 0.774]])
+    held = np.array(
+        [
+            [[1, 0, 0], [0, 0, 1], [0, 1, 0]],
+            [[0, 0, 0], [1, 0, 1], [0, 1, 0]],
+            [[0, 1, 0], [1, 0, 1], [0, 0, 0]],
+        ],
+        dtype=bool,
+    )
+    limit = Limits(
+        slots={"cpu:0": 18, "cpu:1": 5, "cpu:2": 2},
+        choices_per_replica=0.3,
+        max_bytes=5000,
+        min_gain=0.0,
+        seconds_per_byte=0.0,
+        horizon_steps=10000.0,
+        seconds_per_choice=1e-6,
+        speeds={"cpu:0": 0.5, "cpu:1": 2.0, "cpu:2": 0.5},
+        other_load={"cpu:0": 0.0, "cpu:1": 0.0, "cpu:2": 0.0},
+    )
+    now = Placement(devices=("cpu:0", "cpu:1", "cpu:2"), held=held, shares=held.astype(float))
+    answer = rebalance(loads, now, limit, UNIT)
+    assert not answer.is_change and "what max_bytes allows would be slower" in answer.reason
+
+
 @settings(max_examples=25, deadline=None)
 @given(questions())
 def test_the_same_question_has_the_same_answer(question):

@@ -265,8 +265,12 @@ def _change(ask: _Question, placement: Placement, unit_bytes: int, left_over: in
         placement = ask.fitted(reached.held.copy(), reached.shares * ask.loads[:, None, :])
         stages = staged(ask.now, placement, ask.slots, ask.node)
     (imbalance_before, before_s), (imbalance_after, after_s) = ask.outcome(ask.now), ask.outcome(placement)
-    if after_s > before_s * (1 - LITTLE) and not left_over and not (ask.now.num_replicas == 0).any():
-        return _keep(ask, f"kept: imbalance {imbalance_before:.3f}; a free slot on each device is needed to change it")
+    if not (ask.now.num_replicas == 0).any():
+        if after_s > before_s * (1 - LITTLE) and not left_over:
+            needed = "a free slot on each device is needed"
+            return _keep(ask, f"kept: imbalance {imbalance_before:.3f}; {needed} to change it")
+        if after_s > before_s * (1 + 1e-9):  # only the beginning of a stretch: replicas cost before they help
+            return _keep(ask, f"kept: imbalance {imbalance_before:.3f}; what max_bytes allows would be slower")
     copies = tuple(copy for stage in stages for copy in stage.copies)
     num_bytes = len(copies) * unit_bytes
     layers = len({copy.unit // ask.now.num_experts for copy in copies})
