@@ -13,7 +13,7 @@ Sources: torch 2.13, `torch/_C/_distributed_c10d.pyi` and `distributed_c10d.py` 
 from __future__ import annotations
 
 import threading
-import time
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,13 +29,13 @@ class FakeNccl:
         self.forming_timeout_s = forming_timeout_s
         self.can_shrink = True
         self.failing: set[int] = set()  # ranks of the parent for which a shrink fails at once
-        self.failing_late: set[int] = (
-            set()
-        )  # ranks of the parent whose first collective afterwards fails for them alone
+        self.failing_late: set[int] = set()  # and those whose first collective afterwards fails for them alone
+        self.on_collective: Callable[[], None] = lambda: None  # called as each begins
         self.num_initialised = 0
         self.made: list[Any] = []
         self._cliques: dict[str, _Clique] = {}
         self._lock = threading.Lock()
+        self._joined = threading.Condition()
         library = self
 
         class ProcessGroupNCCL(_ProcessGroup):
@@ -53,6 +53,14 @@ class FakeNccl:
             clique = self._cliques.setdefault(key, _Clique(size, key))
         assert clique.size == size, "ranks do not agree on the size"
         return clique
+
+    def join(self, clique: _Clique, rank: int) -> None:
+        """Returns when every rank of the clique has called this; raises as the library does if one stays away."""
+        with self._joined:
+            clique.present.add(rank)
+            self._joined.notify_all()
+            if not self._joined.wait_for(lambda: len(clique.present) == clique.size, self.forming_timeout_s):
+                raise dist.DistBackendError("NCCL timeout in waitReady")
 
     def is_nccl_available(self) -> bool:
         return True
@@ -96,12 +104,12 @@ class _ProcessGroup:
         return self._clique.size
 
     def allgather(self, outs: list[list[Any]], ins: list[Any]) -> _Work:
+        self._library.on_collective()
         with self._lock:
             if self.is_aborted:
                 raise dist.DistBackendError("NCCL communicator was aborted")
             if not self._is_ready:
-                self._clique.present.add(self._rank)
-                self.wait_for(lambda: len(self._clique.present) == self._clique.size)
+                self._library.join(self._clique, self._rank)
                 self._is_ready = True
         self._num_rounds += 1
         self.num_under_way += 1
@@ -109,13 +117,6 @@ class _ProcessGroup:
             brought = self._clique.rounds.setdefault(self._num_rounds, {})
             brought[self._rank] = ins[0].clone()
         return _Work(self, brought, outs[0])
-
-    def wait_for(self, ready: Any) -> None:
-        end_s = time.monotonic() + self._library.forming_timeout_s
-        while not ready():
-            if time.monotonic() > end_s:
-                raise dist.DistBackendError("NCCL timeout in waitReady")
-            time.sleep(0.001)
 
     @property
     def supports_shrinking(self) -> bool:
@@ -134,8 +135,7 @@ class _ProcessGroup:
                 raise dist.DistBackendError("ncclInvalidUsage")
             clique = self._library.clique(f"{self._clique.key} without {gone}", self.size() - len(gone))
             rank = self._rank - sum(other < self._rank for other in gone)
-            clique.present.add(rank)
-            self.wait_for(lambda: len(clique.present) == clique.size)
+            self._library.join(clique, rank)
         child = _ProcessGroup(self._library, rank, clique)
         child._is_ready = True
         child.fails = self._rank in self._library.failing_late

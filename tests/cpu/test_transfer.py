@@ -335,6 +335,16 @@ def broken(*_):
     raise BrokenDevice("CUDA error: uncorrectable ECC error")
 
 
+def check_it_breaks(load, results, told):
+    """The load ends with what `broken` raises, and tells `told` of it."""
+    load.start()
+    result = results.get(timeout=20)
+    assert isinstance(result, Failure) and "ECC" in result.reason and result.device == ""
+    assert {type(error) for error in told} == {BrokenDevice}
+    load.cancel()
+    load._queue.validate()
+
+
 @pytest.mark.parametrize("where", ["read", "view"])
 def test_an_error_of_the_device_is_told_and_ends_the_load(bench, where):
     """`view`: the bytes have arrived and are to be summed, where the load has nothing left to wait for."""
@@ -347,12 +357,7 @@ def test_an_error_of_the_device_is_told_and_ends_the_load(bench, where):
         bench.sources[HOST] = source = opened(HOST)
         source.read = broken
         object.__setattr__(load._hooks, "open_source", lambda name: source)
-    load.start()
-    result = results.get(timeout=20)
-    assert isinstance(result, Failure) and "ECC" in result.reason and result.device == ""
-    assert {type(error) for error in told} == {BrokenDevice}
-    load.cancel()
-    load._queue.validate()
+    check_it_breaks(load, results, told)
     assert not load.is_whole
 
 
@@ -363,12 +368,7 @@ def test_an_error_of_our_own_before_a_copy_ends_the_load(bench, where):
     load, results = bench.load("cpu:0", whole(bench), hooks=hooks)
     if where == "prepare":
         load._destination.prepare = broken
-    load.start()
-    result = results.get(timeout=20)
-    assert isinstance(result, Failure) and "ECC" in result.reason and result.device == ""
-    assert {type(error) for error in told} == {BrokenDevice}
-    load.cancel()
-    load._queue.validate()
+    check_it_breaks(load, results, told)
     assert load._queue.in_flight == 0
 
 
