@@ -176,8 +176,7 @@ class Checkpoint:
 
     def map_ahead(self) -> Iterator[None]:
         """Maps the pages of tensors that are cut along their columns, some at each step, where they are in the page
-        cache: each of them holds a few bytes of every unit, so a read of one unit would have to map all of them, which
-        takes several times as long as the copy."""
+        cache: each of them holds a few bytes of every unit, so the first read of a unit would have to map them all."""
         for tensor in self.units.tensors:
             for part in tensor.parts:
                 if part.axis != 1:
