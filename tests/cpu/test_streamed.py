@@ -6,6 +6,7 @@ import ctypes.util
 import mmap
 import os
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ import xxhash
 
 from anchortp.arena.pages import MappedPages
 from anchortp.errors import ConfigError
-from anchortp.layout import PANEL_COLUMNS, PANEL_ROWS
+from anchortp.layout import PANEL_COLUMNS, PANEL_ROWS, ReplicatedTensor
 from anchortp.native import build, build_kernels
 from anchortp.transfer.streamed import Streamer
+from anchortp.transfer.work import Chunk, Region
 from tests.cpu.test_native import PLAIN
 
 LENGTHS = (1, 64, 240, 241, 256, 257, 1023, 1024, 1025, 2048, 4103, 1 << 20, (1 << 20) + 64)
@@ -41,6 +43,53 @@ def test_the_bytes_are_the_sources_and_the_sum_is_xxhashs(stream, skew):
         assert found == xxhash.xxh3_64_intdigest(source.tobytes()), length
         assert np.array_equal(target[first : first + length], source)
         assert (target[:first] == 0xFF).all() and (target[first + length :] == 0xFF).all()
+
+
+@pytest.mark.parametrize("lengths", [(241, 9000), (1, 300)], ids=["long", "short"])
+def test_a_chunk_has_a_sum_for_each_of_its_segments(stream, lengths):
+    """Blocks and segments of all sizes, from an odd place within the first block to one within the last; segments that
+    the kernel does not sum are there too."""
+    rng = random.Random(8)
+    for _ in range(40):
+        segment_bytes = rng.randint(*lengths)
+        block_bytes = rng.randint(0, 3) * segment_bytes + rng.randint(lengths[0], segment_bytes)
+        edges = [
+            block * block_bytes + start for block in range(3) for start in range(0, block_bytes, segment_bytes)
+        ] + [3 * block_bytes]
+        first, last = sorted(rng.sample(range(len(edges)), 2))
+        if edges[first] >= block_bytes:  # a chunk begins in its first block
+            first, last = 0, last
+        source = np.frombuffer(rng.randbytes(edges[-1]), dtype=np.uint8)
+        chunk = chunk_of(block_bytes, segment_bytes, edges[first], edges[last])
+        out = torch.full((chunk.num_bytes + 64,), 0xFF, dtype=torch.uint8)
+        found = stream.chunk(chunk, source.ctypes.data + edges[first], out[: chunk.num_bytes])
+        parts = [source[a:b].tobytes() for a, b in pairwise(edges[first : last + 1])]
+        assert found == [xxhash.xxh3_64_intdigest(part) for part in parts]
+        assert out.numpy().tobytes() == b"".join(parts) + 64 * b"\xff"
+
+
+def chunk_of(block_bytes: int, segment_bytes: int, start: int, stop: int) -> Chunk:
+    region = Region(
+        tensor=ReplicatedTensor(key="any", name="any", shape=(block_bytes,)),
+        copy=0,
+        family="any",
+        position=0,
+        block_bytes=block_bytes,
+        segment_bytes=segment_bytes,
+    )
+    return Chunk(
+        region=region,
+        unit=0,
+        num_units=(stop - 1) // block_bytes + 1,
+        slot=0,
+        first_byte=start,
+        num_bytes=stop - start,
+        source="",
+        source_slot=0,
+        link="host",
+        start=start,
+        source_start=0,
+    )
 
 
 def test_columns_become_rows(stream):

@@ -114,15 +114,30 @@ def test_a_chunk_is_whole_segments_or_a_part_of_one_and_knows_where_its_source_l
     moves = random_moves(rng, geo, empty_shard("cpu:0"), full)
     for chunk in geo.chunks(moves):
         segments = chunk.segments
+        assert segments == [s for s in every_segment(geo, chunk) if s.start < chunk.stop and chunk.start < s.stop]
         covered = all(chunk.start <= s.start and s.stop <= chunk.stop for s in segments)
-        assert covered or len(segments) == 1
-        assert chunk.num_bytes <= max(work.CHUNK_BYTES, chunk.region.block_bytes)
-        assert joined((s.start, s.stop) for s in segments) and segments[0].start <= chunk.start
+        assert covered == chunk.is_whole and (covered or len(segments) == 1)
+        assert chunk.num_segments == len(segments) and chunk.first_segment_start == segments[0].start
+        assert chunk.num_bytes <= max(work.CHUNK_BYTES, chunk.region.segment_bytes)
+        assert min(s.stop - s.start for s in segments) >= chunk.region.shortest_segment_bytes
         # The same distance into the block here and there.
         here = geo.start(chunk.region, chunk.slot)
         there = geo.start(chunk.region, chunk.source_slot)
         assert chunk.source != HOST and chunk.start - here == chunk.source_start - there == chunk.first_byte
         assert 0 <= chunk.first_byte < chunk.region.block_bytes
+
+
+def every_segment(geo: Geometry, chunk: work.Chunk) -> list[work.Segment]:
+    """Of all units that the chunk has to do with, counted one by one."""
+    region, found = chunk.region, []
+    for number in range(chunk.num_units):
+        start = geo.start(region, chunk.slot + number)
+        index, stop = region.first_segment, start + region.block_bytes
+        while start < stop:
+            end = min(start + region.segment_bytes, stop)
+            found.append(work.Segment(region.family, chunk.unit + number, chunk.slot + number, index, start, end))
+            start, index = end, index + 1
+    return found
 
 
 def test_positions_follow_the_forward_pass():

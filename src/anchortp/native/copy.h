@@ -138,14 +138,26 @@ uint64_t copy_summed(uint8_t* to, const uint8_t* from, int64_t num_bytes) {
     return merged(sums, num_bytes);
 }
 
-// Of `num_bytes` (`kShortest` at least), which do not overlap; returns their xxh3_64.
+// Of `num_bytes` (`kShortest` at least), which do not overlap; returns their xxh3_64, or 1 for 0, which stands for
+// nothing.
 inline uint64_t copy_summed(uint8_t* to, const uint8_t* from, int64_t num_bytes) {
     const bool aligned = reinterpret_cast<uintptr_t>(to) % kStripeBytes == 0;
     const uint64_t sum = aligned ? copy_summed<true>(to, from, num_bytes) : copy_summed<false>(to, from, num_bytes);
 #ifdef __x86_64__
     _mm_sfence();  // whoever is told that the bytes are there finds them
 #endif
-    return sum;
+    return sum == 0 ? 1 : sum;
+}
+
+// Whole segments of one block or several, from `first_byte` of the first block on; a sum for each segment.
+inline void copy_segments(uint8_t* to, const uint8_t* from, int64_t first_byte, int64_t num_bytes, int64_t block_bytes,
+                          int64_t segment_bytes, uint64_t* sums) {
+    for (int64_t at = 0; at < num_bytes;) {
+        const int64_t rest_bytes = block_bytes - (first_byte + at) % block_bytes;
+        const int64_t size = rest_bytes < segment_bytes ? rest_bytes : segment_bytes;
+        *sums++ = copy_summed(to + at, from + at, size);
+        at += size;
+    }
 }
 
 }  // namespace copying

@@ -39,6 +39,11 @@ extern "C" uint64_t copy_summed(uint8_t* to, const uint8_t* from, int64_t num_by
     return copying::copy_summed(to, from, num_bytes);
 }
 
+extern "C" void copy_segments(uint8_t* to, const uint8_t* from, int64_t first_byte, int64_t num_bytes,
+                              int64_t block_bytes, int64_t segment_bytes, uint64_t* sums) {
+    copying::copy_segments(to, from, first_byte, num_bytes, block_bytes, segment_bytes, sums);
+}
+
 extern "C" int64_t shortest_summed() { return copying::kShortest; }
 
 extern "C" void turn_columns(const uint16_t* from, int64_t stride, uint16_t* to, int64_t num_rows, int64_t num_columns) {

@@ -47,7 +47,7 @@ def fill_summed(fd: int, start: int, chunk: Chunk, view: memoryview, check: Call
 
 
 class SumBook:
-    """Which segments of a load have arrived and been found right, and what they add up to. One thread at a time.
+    """Which chunks of a load have arrived and been found right, and what they add up to. One thread at a time.
 
     `expected`: sums by `sum_key` (any may be missing); one that is not of this model's shape counts as missing.
     """
@@ -56,50 +56,59 @@ class SumBook:
         self._geometry = geometry
         self._chunks = chunks
         self._expected = expected
-        self._parsed: dict[tuple[str, int], tuple[int, ...]] = {}  # of `expected`, by family and unit
-        self._digests: dict[tuple[str, int, int], dict[int, int]] = defaultdict(dict)  # by family, unit and slot
+        self._parsed: dict[tuple[str, int], list[int | None]] = {}  # of `expected`, by family and unit
+        self._digests: dict[tuple[str, int, int], list[int]] = {}  # by family, unit and slot; 0 where there is none
         self._parts: dict[int, IntervalSet] = defaultdict(IntervalSet)  # by the start of a segment that comes in parts
-        self._missing = [set[int]() for _ in range(geometry.num_positions)]  # starts of segments, by position
+        # By position: of each chunk the start of its first segment, which is all that it has if it comes in parts.
+        self._missing = [set[int]() for _ in range(geometry.num_positions)]
         for chunk in chunks:
-            self._missing[chunk.position].update(segment.start for segment in chunk.segments)
+            self._missing[chunk.position].add(chunk.first_segment_start)
         self._num_missing = sum(map(len, self._missing))
 
-    def arrived(self, chunk: Chunk) -> list[Segment]:
-        """The bytes of the chunk are there: the segments that are whole by now."""
-        segments = chunk.segments
+    def arrived(self, chunk: Chunk) -> bool:
+        """The bytes of the chunk are there: whether its segments are whole by now."""
         if chunk.is_whole:
-            return segments
-        (segment,) = segments  # chunks are cut so
+            return True
+        (segment,) = chunk.segments  # chunks are cut so
         parts = self._parts[segment.start]
         parts.add(chunk.start, min(chunk.stop, segment.stop))
-        return segments if parts.total == segment.stop - segment.start else []
+        return parts.total == segment.stop - segment.start
 
-    def expected(self, segment: Segment) -> int | None:
-        """What the segment should add up to, if that is known."""
-        key = segment.family, segment.unit
-        if key not in self._parsed:
-            self._parsed[key] = self._parse(*key)
-        known = self._parsed[key]
-        return known[segment.index] if known else None
+    def expected(self, chunk: Chunk) -> list[int | None]:
+        """What each segment should add up to, where that is known."""
+        found: list[int | None] = []
+        for unit, _, begin, end in chunk.spans:
+            key = chunk.region.family, unit
+            if key not in self._parsed:
+                self._parsed[key] = self._parse(*key)
+            found += self._parsed[key][begin:end]
+        return found
 
-    def _parse(self, family: str, unit: int) -> tuple[int, ...]:
+    def _parse(self, family: str, unit: int) -> list[int | None]:
         known = self._expected.get(sum_key(family, unit), "")
         count = self._geometry.num_segments[family]
-        return struct.unpack(f">{count}Q", bytes.fromhex(known)) if len(known) == DIGITS * count else ()
+        is_known = len(known) == DIGITS * count
+        return list(struct.unpack(f">{count}Q", bytes.fromhex(known))) if is_known else [None] * count
 
-    def accept(self, chunk: Chunk, segments: Sequence[Segment], digests: Sequence[int]) -> None:
-        """These segments, which the chunk made whole, are right."""
-        missing = self._missing[chunk.position]
-        for segment, found in zip(segments, digests, strict=True):
-            self._digests[segment.family, segment.unit, segment.slot][segment.index] = found
-            self._num_missing -= segment.start in missing
-            missing.discard(segment.start)
+    def accept(self, chunk: Chunk, digests: Sequence[int]) -> None:
+        """Its segments, which are whole, are right."""
+        family, first = chunk.region.family, 0
+        for unit, slot, begin, end in chunk.spans:
+            key = family, unit, slot
+            if key not in self._digests:
+                self._digests[key] = [0] * self._geometry.num_segments[family]
+            last = first + end - begin
+            self._digests[key][begin:end] = digests[first:last]
+            first = last
+        missing, start = self._missing[chunk.position], chunk.first_segment_start
+        self._num_missing -= start in missing
+        missing.discard(start)
 
     def reject(self, segment: Segment) -> set[int]:
         """The segment is wrong; returns the chunks (their numbers) that have to bring it again."""
         self._parts.pop(segment.start, None)
         bring = enumerate(self._chunks)
-        return {index for index, chunk in bring if any(s.start == segment.start for s in chunk.segments)}
+        return {index for index, chunk in bring if chunk.start < segment.stop and segment.start < chunk.stop}
 
     @property
     def is_complete(self) -> bool:
@@ -114,7 +123,6 @@ class SumBook:
         """By `sum_key`, of every unit that is whole."""
         found = {}
         for (family, unit, _), digests in self._digests.items():
-            count = self._geometry.num_segments[family]
-            if len(digests) == count:
-                found[sum_key(family, unit)] = "".join(f"{digests[index]:016x}" for index in range(count))
+            if 0 not in digests:
+                found[sum_key(family, unit)] = struct.pack(f">{len(digests)}Q", *digests).hex()
         return found

@@ -19,7 +19,7 @@ from anchortp.transfer.checksum import SumBook, digest
 from anchortp.transfer.device import DeviceDestination
 from anchortp.transfer.queue import Failure, Flight, Limits, TransferQueue
 from anchortp.transfer.sources import Destination, Source, Stopped
-from anchortp.transfer.work import HOST, Chunk, Geometry, Segment
+from anchortp.transfer.work import HOST, Chunk, Geometry
 
 NUM_MOVERS = 2
 PROGRESS_EVERY_S = 0.05
@@ -159,9 +159,9 @@ class Load:
     # -------------------------------------------------------------------------------------------- the watcher
 
     def _watch(self) -> None:
-        self._hooks.on_progress(self._progress())
         for _ in range(self._num_movers):
             self._add_mover()
+        self._hooks.on_progress(self._progress())
         next_s = self._began_s + PROGRESS_EVERY_S
         while not self._is_over():
             now_s = time.monotonic()
@@ -327,31 +327,33 @@ class Load:
         with self._changed:
             del self._stops[flight.key]
             self._queue.finish(flight, time.monotonic())
-            whole = self._book.arrived(chunk)
-            if digests == [self._book.expected(segment) for segment in whole]:
-                self._accept(chunk, whole, digests)
+            if not self._book.arrived(chunk):
+                self._changed.notify_all()
+                return
+            wanted = self._book.expected(chunk)
+            if digests == wanted:
+                self._accept(chunk, digests)
                 return  # nearly always
         if digests is None:
-            digests = [digest(self._destination.view(segment.start, segment.stop)) for segment in whole]
-        wanted = [self._book.expected(segment) for segment in whole]
-        pairs = zip(whole, wanted, digests, strict=True)
-        wrong = {segment: _wrong_sum(flight) for segment, value, found in pairs if value not in (None, found)}
+            digests = [digest(self._destination.view(segment.start, segment.stop)) for segment in chunk.segments]
+        triples = list(zip(chunk.segments, wanted, digests, strict=True))
+        wrong = {segment: _wrong_sum(flight) for segment, value, found in triples if value not in (None, found)}
         if None in wanted:
             try:
                 source.check_unchanged()
             except (OSError, AnchorTPError) as error:
-                wrong |= {s: f"{chunk}: {error}" for s, value in zip(whole, wanted, strict=True) if value is None}
+                wrong |= {segment: f"{chunk}: {error}" for segment, value, _ in triples if value is None}
         with self._changed:
             if not wrong:
-                self._accept(chunk, whole, digests)
+                self._accept(chunk, digests)
                 return
             again = {index: reason for segment, reason in wrong.items() for index in self._book.reject(segment)}
             for index, reason in again.items():
                 self._queue.reject(index, reason)
             self._wake_all()
 
-    def _accept(self, chunk: Chunk, segments: Sequence[Segment], digests: Sequence[int]) -> None:
-        self._book.accept(chunk, segments, digests)
+    def _accept(self, chunk: Chunk, digests: Sequence[int]) -> None:
+        self._book.accept(chunk, digests)
         self._changed.notify_all()
         if self.is_whole:
             self._wake_all()

@@ -187,13 +187,10 @@ class PackedWeights:
 
     def _numbers(self, chunk: Chunk) -> range:
         """The chunk's segments in the table; none unless it is whole segments of a tensor that is kept here."""
-        region = chunk.region
-        first, rest = divmod(chunk.first_byte, region.segment_bytes)
-        num_blocks, end = divmod(chunk.first_byte + chunk.num_bytes, region.block_bytes)
-        if rest or end % region.segment_bytes or (region.tensor.key, region.copy) not in self._bases:
+        if not chunk.is_whole or (chunk.region.tensor.key, chunk.region.copy) not in self._bases:
             return range(0)
-        start = self._first_number(region, chunk.unit)
-        return range(start + first, start + num_blocks * region.num_segments + end // region.segment_bytes)
+        start = self._first_number(chunk.region, chunk.unit) + chunk.first_byte // chunk.region.segment_bytes
+        return range(start, start + chunk.num_segments)
 
     def _at(self, region: Region, unit: int) -> int:
         return self._bases[region.tensor.key, region.copy][0] + unit * region.block_bytes

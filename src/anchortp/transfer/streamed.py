@@ -14,32 +14,40 @@ from anchortp.transfer.work import Chunk
 
 
 class Streamer:
-    """`streamer(to, start, num_bytes)` copies between addresses, and returns the xxh3_64 of what it stored, or 1 for 0
-    as `checksum.digest` does. The memory must be mapped, and not overlap. Other threads run meanwhile."""
+    """`streamer(to, start, num_bytes)` copies between addresses, and returns the digest of what it stored, as
+    `checksum.digest` takes it. The memory must be mapped, and not overlap. Other threads run meanwhile."""
 
     def __init__(self, library: str):
         """`library`: of `native.build_kernels`. Raises ConfigError if it is none of ours that this process can load."""
         try:
             functions = ctypes.CDLL(library)
             self._copy, self._shortest = functions.copy_summed, int(functions.shortest_summed())
+            self._copy_segments = functions.copy_segments
             self._columns, self._panels = functions.turn_columns, functions.turn_panels
         except (OSError, AttributeError) as error:
             raise ConfigError(f"the kernels in {library} cannot be loaded ({error}); use --kernels torch.") from error
         self._copy.argtypes, self._copy.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_uint64
+        self._copy_segments.argtypes = (ctypes.c_void_p, ctypes.c_void_p, *(4 * (ctypes.c_int64,)), ctypes.c_void_p)
         self._columns.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
         self._panels.argtypes = (ctypes.c_void_p, ctypes.c_void_p, *(3 * (ctypes.c_int64,)))
-        self._columns.restype = self._panels.restype = None
+        self._copy_segments.restype = self._columns.restype = self._panels.restype = None
 
     def __call__(self, to: int, start: int, num_bytes: int) -> int:
         if num_bytes >= self._shortest:
-            return self._copy(to, start, num_bytes) or 1
+            return self._copy(to, start, num_bytes)
         ctypes.memmove(to, start, num_bytes)
         return xxhash.xxh3_64_intdigest(ctypes.string_at(to, num_bytes)) or 1
 
     def chunk(self, chunk: Chunk, start: int, out: Tensor) -> list[int]:
         """Fills `out` (uint8, the bytes of a chunk of whole segments) from an address on. The segments' digests."""
-        source, to = start - chunk.start, out.data_ptr() - chunk.start
-        return [self(to + s.start, source + s.start, s.stop - s.start) for s in chunk.segments]
+        region, to = chunk.region, out.data_ptr()
+        if region.shortest_segment_bytes < self._shortest:
+            parts = ((s.start - chunk.start, s.stop - s.start) for s in chunk.segments)
+            return [self(to + skipped, start + skipped, size) for skipped, size in parts]
+        sums = (ctypes.c_uint64 * chunk.num_segments)()
+        sizes = chunk.first_byte, chunk.num_bytes, region.block_bytes, region.segment_bytes
+        self._copy_segments(to, start, *sizes, sums)
+        return list(sums)
 
     def columns(self, source: Tensor, out: Tensor) -> bool:
         """`out` `[columns, rows]`, contiguous, = `source` `[rows, columns]` transposed, whose rows are apart; False,

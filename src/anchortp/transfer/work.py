@@ -22,9 +22,9 @@ from anchortp.plan.plan import REPLICATED, FromHost, FromPeer, Move
 EMBED_POSITION = 1
 HOST = ""  # the name of the host's checkpoint among the sources; the others are devices
 SEGMENT_BYTES = 1 << 20
-# Large enough that a chunk's own cost (some 30 us of Python) does not show, small enough that a load ends within a
-# millisecond of being told to.
-CHUNK_BYTES = 4 << 20
+# Large enough that a chunk's own cost (some 50 us of Python, under one lock with all other threads of the process) does
+# not show, small enough that a load ends within about a millisecond of being told to.
+CHUNK_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,10 @@ class Region:
     def num_segments(self) -> int:
         """Per block."""
         return -(-self.block_bytes // self.segment_bytes)
+
+    @property
+    def shortest_segment_bytes(self) -> int:
+        return self.block_bytes % self.segment_bytes or self.segment_bytes
 
 
 @dataclass(frozen=True, kw_only=True)  # without slots: it keeps its segments
@@ -77,25 +81,42 @@ class Chunk:
         return self.region.position
 
     @cached_property
+    def spans(self) -> list[Span]:
+        """The segments that it touches, unit by unit."""
+        region, begin, found = self.region, self.first_byte // self.region.segment_bytes, []
+        stop = self.first_byte + self.num_bytes  # from the first block's start on, then from the next one's
+        for number in range(self.num_units):
+            end = -(-min(stop, region.block_bytes) // region.segment_bytes)
+            first = region.first_segment
+            found.append(Span(self.unit + number, self.slot + number, first + begin, first + end))
+            begin, stop = 0, stop - region.block_bytes
+        return found
+
+    @cached_property
     def segments(self) -> list[Segment]:
         """All segments that it touches, of which the first and the last may reach beyond it."""
-        region, found = self.region, []
-        block, family, size, chunk_stop = self.start - self.first_byte, region.family, region.segment_bytes, self.stop
-        for unit in range(self.unit, self.unit + self.num_units):
-            block_stop, slot = block + region.block_bytes, self.slot + unit - self.unit
-            begin = (self.start - block) // size if self.start > block else 0
-            index = region.first_segment + begin
-            for start in range(block + begin * size, block_stop if block_stop < chunk_stop else chunk_stop, size):
-                stop = start + size if start + size < block_stop else block_stop
-                found.append(Segment(family, unit, slot, index, start, stop))
-                index += 1
-            block = block_stop
+        region, block, found = self.region, self.start - self.first_byte, []
+        for unit, slot, begin, end in self.spans:
+            for index in range(begin, end):
+                start = block + (index - region.first_segment) * region.segment_bytes
+                stop = min(start + region.segment_bytes, block + region.block_bytes)
+                found.append(Segment(region.family, unit, slot, index, start, stop))
+            block += region.block_bytes
         return found
+
+    @property
+    def num_segments(self) -> int:
+        return sum(span.end - span.begin for span in self.spans)
+
+    @property
+    def first_segment_start(self) -> int:
+        return self.start - self.first_byte % self.region.segment_bytes
 
     @property
     def is_whole(self) -> bool:
         """Whole segments, not a part of one."""
-        return self.segments[0].start >= self.start and self.segments[-1].stop <= self.stop
+        size, end = self.region.segment_bytes, (self.first_byte + self.num_bytes) % self.region.block_bytes
+        return self.first_byte % size == 0 == end % size
 
     def pieces(self, num_bytes: int) -> Iterator[list[Segment]]:
         """Its segments in runs of up to `num_bytes`, or of one; nothing if it is a part of a segment."""
@@ -128,6 +149,15 @@ class Chunk:
     def __str__(self) -> str:
         units = f"{self.unit}" if self.num_units == 1 else f"{self.unit} to {self.unit + self.num_units - 1}"
         return f"{self.region.tensor.key} (copy {self.region.copy}) of {self.region.family} {units}"
+
+
+class Span(NamedTuple):
+    """Segments `[begin, end)` of a unit's sum, next to each other in one block."""
+
+    unit: int
+    slot: int
+    begin: int
+    end: int
 
 
 class Segment(NamedTuple):
@@ -270,21 +300,19 @@ def _following(region: Region, before: Sequence[Region]) -> Region:
 
 def _cuts(region: Region, low: int, high: int) -> list[int]:
     """Where to cut bytes `[low, high)` of a run of blocks: a chunk is whole segments, or a part of one."""
-    if low >= high:
-        return []
     block, segment = region.block_bytes, region.segment_bytes
-    if low % block == 0 == high % block and high - low <= CHUNK_BYTES:
-        return [low, high]  # whole blocks: nearly always
-    starts = range(low // block * block, high, block)
-    edges = {edge for start in starts for edge in (*range(start, start + block, segment), start + block)}
-    inside = sorted(edge for edge in edges if low < edge < high)
+
+    def edge(at: int) -> int:
+        """The last between two segments up to there."""
+        return at - at % block % segment
+
     cuts = [low]
-    for edge, following in pairwise([*inside, high]):
-        begins_inside = cuts[-1] == low and low not in edges
-        ends_inside = following == high and high not in edges
-        if begins_inside or ends_inside or following - cuts[-1] > CHUNK_BYTES:
-            cuts.append(edge)
-    return [*cuts, high]
+    while (at := cuts[-1]) < high:
+        stop = edge(min(at + CHUNK_BYTES, high))
+        if stop <= at or at != edge(at):
+            stop = min(edge(at) + segment, at - at % block + block, high)
+        cuts.append(stop)
+    return cuts
 
 
 def complete(
