@@ -84,8 +84,9 @@ class PackedWeights:
             return None
         start = self._at(chunk.region, chunk.unit) + chunk.first_byte
         try:
-            view = memoryview(out.numpy())
-            digests = self._streamed(start, chunk, out) or fill_summed(self._fd, start, chunk, view, check)
+            digests = self._streamed(start, chunk, out)
+            if digests is None:
+                digests = fill_summed(self._fd, start, chunk, memoryview(out.numpy()), check)
         except (CheckpointError, OSError):
             return None
         assert digests is not None, "only whole segments are kept here"

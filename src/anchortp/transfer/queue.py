@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from heapq import heapify, heappop, heappush
+from typing import NamedTuple
 
 from anchortp.transfer.work import HOST, Chunk
 
@@ -34,12 +35,13 @@ class Limits:
     num_chunks_per_link: int = 4
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Flight:
+class Flight(NamedTuple):
     """A chunk that someone copies now: the `index`-th chunk of the load, on its `attempt`-th go.
 
     `began_s`: when its bytes began to move, None while whoever copies it gets ready. `deadline_s`: when it has taken
     too long, with all that comes before the copy or, once that has begun, by the copy alone.
+
+    A tuple, since every chunk takes two of them.
     """
 
     index: int
@@ -158,7 +160,7 @@ class TransferQueue:
             link.busy_since_s = now_s
         link.copying += 1
         deadline_s = _deadline(flight.chunk, flight.source, now_s)
-        self._flights[flight.key] = replace(flight, began_s=now_s, deadline_s=deadline_s)
+        self._flights[flight.key] = flight._replace(began_s=now_s, deadline_s=deadline_s)
 
     def finish(self, flight: Flight, now_s: float) -> None:
         """The bytes, which had begun to move, are there."""
