@@ -68,6 +68,39 @@ def test_a_chunk_has_a_sum_for_each_of_its_segments(stream, lengths):
         assert out.numpy().tobytes() == b"".join(parts) + 64 * b"\xff"
 
 
+@pytest.mark.parametrize("in_panels", [False, True])
+@pytest.mark.parametrize("skew", [0, 16], ids=["aligned", "half"])
+def test_rows_from_anywhere_become_a_chunk(stream, in_panels, skew):
+    """Held against torch and xxhash, with sums of whole blocks of stripes and of some that are not."""
+    rng = random.Random(9)
+    for _ in range(20):
+        hidden = rng.choice((64, 96, 576, 1024))
+        segment_rows, block_rows = 64 * rng.randint(1, 3), 64 * rng.randint(1, 4)
+        num_rows, row_bytes = 2 * block_rows, 2 * hidden
+        memory = torch.randint(-9999, 9999, (3 * num_rows, hidden), dtype=torch.int16)
+        order = torch.tensor(rng.sample(range(3 * num_rows), num_rows))
+        addresses = (memory.data_ptr() + order * row_bytes).numpy()
+        chunk = chunk_of(block_rows * row_bytes, min(segment_rows, block_rows) * row_bytes, 0, num_rows * row_bytes)
+        kept = torch.full((chunk.num_bytes + 192,), 0xFF, dtype=torch.uint8)
+        first = -kept.data_ptr() % 64 + skew
+        out = kept[first : first + chunk.num_bytes]
+        found = stream.rows(chunk, addresses, row_bytes, in_panels, out)
+        wanted = memory[order]
+        if in_panels:
+            wanted = wanted.view(torch.int32).view(-1, PANEL_ROWS, hidden // 2).transpose(1, 2).contiguous()
+        assert torch.equal(out, wanted.view(torch.uint8).flatten())
+        assert found == [xxhash.xxh3_64_intdigest(out[s.start : s.stop].numpy()) for s in chunk.segments]
+        assert (kept[:first] == 0xFF).all() and (kept[first + chunk.num_bytes :] == 0xFF).all()
+
+
+def test_rows_that_the_kernel_is_not_made_for_are_left_alone(stream):
+    memory, out = torch.ones(64, 40, dtype=torch.int16), torch.zeros(64 * 80, dtype=torch.uint8)
+    addresses = memory.data_ptr() + np.arange(64) * 80
+    assert stream.rows(chunk_of(64 * 80, 64 * 80, 0, 64 * 80), addresses, 80, False, out) is None  # no whole lines
+    assert stream.rows(chunk_of(128, 128, 0, 64 * 128), addresses, 128, False, out) is None  # too short for the sum
+    assert not out.any()
+
+
 def chunk_of(block_bytes: int, segment_bytes: int, start: int, stop: int) -> Chunk:
     region = Region(
         tensor=ReplicatedTensor(key="any", name="any", shape=(block_bytes,)),

@@ -305,10 +305,42 @@ def test_a_source_that_never_returns_ends_the_load_and_is_reported(by_descriptor
     load.cancel()
 
 
-def test_columns_are_read_a_strip_at_a_time(wide):
+def test_rows_that_were_mapped_ahead_come_in_one_pass(wide, peers_are_read, monkeypatch):
+    """If our kernels are there; with the bytes and the sums that they have when they are read from the descriptor."""
+    shard = shuffled(wide)
+    first = wide.run("cpu:1", shard)
+    assert list(wide.checkpoint.map_ahead()) and wide.checkpoint._ready
+    read_rows, by_descriptor = wide.checkpoint.read_rows, set()
+
+    def read(tensor, *args):
+        by_descriptor.add(tensor.key)
+        read_rows(tensor, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(wide.checkpoint, "read_rows", read)
+        result = wide.run("cpu:0", shard)
+    everything = {tensor.key for tensor in wide.units.tensors}
+    assert by_descriptor == ({"o", "down"} if peers_are_read == "mapping" else everything)
+    assert result.sums == first.sums
+    assert_same(wide, "cpu:0", shard)
+
+
+def test_a_mapped_file_that_was_cut_off_is_an_error(folder, tmp_path, stream):
+    """Not the end of this process, which is what it would be to read beyond its end."""
+    shutil.copytree(folder, tmp_path / "m")
+    bench = Bench(tmp_path / "m", stream=stream)
+    assert list(bench.checkpoint.map_ahead())
+    os.truncate(tmp_path / "m" / "model.safetensors", 4096)
+    result = bench.run("cpu:0", whole(bench), fresh=False)  # norms are copied in another way
+    assert isinstance(result, Failure) and "now ends after 4096 bytes" in result.reason
+    bench.close()
+
+
+def test_columns_are_read_a_strip_at_a_time(wide, monkeypatch):
     """Between two of them a load may be told to stop."""
     (down,) = [tensor for tensor in wide.units.tensors if tensor.key == "down"]
     out = torch.empty(512, wide.units.config.hidden_size, dtype=torch.bfloat16)
+    monkeypatch.setattr(checkpoint, "STREAMED_BYTES", out[: checkpoint.STRIP_COLUMNS].nbytes)
 
     class Enough(Exception):
         pass

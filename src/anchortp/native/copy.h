@@ -21,11 +21,15 @@ namespace copying {
 constexpr int64_t kStripeBytes = 64, kLanes = 8, kSecretBytes = 192;
 constexpr int64_t kStripesPerBlock = (kSecretBytes - kStripeBytes) / 8;
 constexpr int64_t kShortest = 241;  // shorter inputs have another formula
+constexpr int64_t kLastSecret = kSecretBytes - kStripeBytes - 7;  // where the last stripe's begins
 typedef uint64_t Lanes __attribute__((vector_size(kStripeBytes)));
 
 constexpr uint64_t kPrime32[] = {0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D};
 constexpr uint64_t kPrime64[] = {0x9E3779B185EBCA87, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0x85EBCA77C2B2AE63,
                                  0x27D4EB2F165667C5};
+
+constexpr Lanes kStart = {kPrime32[2], kPrime64[0], kPrime64[1], kPrime64[2],
+                          kPrime64[3], kPrime32[1], kPrime64[4], kPrime32[0]};
 
 alignas(64) constexpr uint8_t kSecret[kSecretBytes] = {
     0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c, 0xde, 0xd4, 0x6d,
@@ -88,15 +92,30 @@ inline void stream(uint8_t* to, Lanes x) {
 #endif
 }
 
+// `aligned`: `to` is, to the size of a stripe.
 template <bool aligned>
-inline void copy_stripe(Lanes& sums, uint8_t* to, const uint8_t* from, const uint8_t* secret) {
-    const Lanes data = load(from);
-    accumulate(sums, data, secret);
+inline void store(uint8_t* to, Lanes data) {
     if (aligned) {
         stream(to, data);
     } else {
         std::memcpy(to, &data, sizeof data);
     }
+}
+
+inline bool is_aligned(const void* to) { return reinterpret_cast<uintptr_t>(to) % kStripeBytes == 0; }
+
+// After the last store: whoever is told that the bytes are there finds them.
+inline void finish_stores() {
+#ifdef __x86_64__
+    _mm_sfence();
+#endif
+}
+
+template <bool aligned>
+inline void copy_stripe(Lanes& sums, uint8_t* to, const uint8_t* from, const uint8_t* secret) {
+    const Lanes data = load(from);
+    accumulate(sums, data, secret);
+    store<aligned>(to, data);
 }
 
 inline uint64_t folded(uint64_t a, uint64_t b) {
@@ -111,12 +130,34 @@ inline uint64_t merged(Lanes sums, uint64_t num_bytes) {
         x += folded(sums[i] ^ load_word(secret), sums[i + 1] ^ load_word(secret + 8));
     }
     x = (x ^ (x >> 37)) * 0x165667919E3779F9;
-    return x ^ (x >> 32);
+    x ^= x >> 32;
+    return x == 0 ? 1 : x;  // 0 stands for nothing
 }
+
+// The sum of bytes that come a stripe at a time, `num_bytes` in all: whole stripes, `kShortest` bytes at least.
+class Sum {
+  public:
+    explicit Sum(int64_t num_bytes) : num_bytes_(num_bytes), left_(num_bytes / kStripeBytes) {}
+
+    void add(Lanes data) {
+        const bool is_last = --left_ == 0;
+        accumulate(sums_, data, kSecret + (is_last ? kLastSecret : 8 * stripe_));
+        if (++stripe_ == kStripesPerBlock && !is_last) {
+            scramble(sums_);
+            stripe_ = 0;
+        }
+    }
+
+    uint64_t value() const { return merged(sums_, num_bytes_); }
+
+  private:
+    Lanes sums_ = kStart;
+    int64_t num_bytes_, left_, stripe_ = 0;
+};
 
 template <bool aligned>
 uint64_t copy_summed(uint8_t* to, const uint8_t* from, int64_t num_bytes) {
-    Lanes sums = {kPrime32[2], kPrime64[0], kPrime64[1], kPrime64[2], kPrime64[3], kPrime32[1], kPrime64[4], kPrime32[0]};
+    Lanes sums = kStart;
     const int64_t num_stripes = (num_bytes - 1) / kStripeBytes;  // the last, whole or not, is summed in another way
     int64_t stripe = 0;
     for (; stripe + kStripesPerBlock <= num_stripes; stripe += kStripesPerBlock) {
@@ -134,29 +175,33 @@ uint64_t copy_summed(uint8_t* to, const uint8_t* from, int64_t num_bytes) {
     const int64_t rest = num_bytes - num_stripes * kStripeBytes;
     std::memcpy(to + num_bytes - rest, from + num_bytes - rest, rest);
     std::memcpy(last, to + num_bytes - kStripeBytes, kStripeBytes);
-    accumulate(sums, load(last), kSecret + kSecretBytes - kStripeBytes - 7);
+    accumulate(sums, load(last), kSecret + kLastSecret);
     return merged(sums, num_bytes);
 }
 
-// Of `num_bytes` (`kShortest` at least), which do not overlap; returns their xxh3_64, or 1 for 0, which stands for
-// nothing.
+// Of `num_bytes` (`kShortest` at least), which do not overlap; returns their xxh3_64, or 1 for 0.
 inline uint64_t copy_summed(uint8_t* to, const uint8_t* from, int64_t num_bytes) {
-    const bool aligned = reinterpret_cast<uintptr_t>(to) % kStripeBytes == 0;
-    const uint64_t sum = aligned ? copy_summed<true>(to, from, num_bytes) : copy_summed<false>(to, from, num_bytes);
-#ifdef __x86_64__
-    _mm_sfence();  // whoever is told that the bytes are there finds them
-#endif
-    return sum == 0 ? 1 : sum;
+    const auto copy = is_aligned(to) ? copy_summed<true> : copy_summed<false>;
+    const uint64_t sum = copy(to, from, num_bytes);
+    finish_stores();
+    return sum;
 }
 
-// Whole segments of one block or several, from `first_byte` of the first block on; a sum for each segment.
-inline void copy_segments(uint8_t* to, const uint8_t* from, int64_t first_byte, int64_t num_bytes, int64_t block_bytes,
-                          int64_t segment_bytes, uint64_t* sums) {
-    for (int64_t at = 0; at < num_bytes;) {
+// The size of the segment that begins `at` bytes behind the first byte of a chunk (`transfer.work`).
+struct Cut {
+    int64_t first_byte, block_bytes, segment_bytes;
+
+    int64_t segment_at(int64_t at) const {
         const int64_t rest_bytes = block_bytes - (first_byte + at) % block_bytes;
-        const int64_t size = rest_bytes < segment_bytes ? rest_bytes : segment_bytes;
+        return rest_bytes < segment_bytes ? rest_bytes : segment_bytes;
+    }
+};
+
+// Whole segments of one block or several; a sum for each of them.
+inline void copy_segments(uint8_t* to, const uint8_t* from, int64_t num_bytes, Cut cut, uint64_t* sums) {
+    for (int64_t at = 0, size; at < num_bytes; at += size) {
+        size = cut.segment_at(at);
         *sums++ = copy_summed(to + at, from + at, size);
-        at += size;
     }
 }
 

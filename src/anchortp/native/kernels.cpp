@@ -39,9 +39,15 @@ extern "C" uint64_t copy_summed(uint8_t* to, const uint8_t* from, int64_t num_by
     return copying::copy_summed(to, from, num_bytes);
 }
 
-extern "C" void copy_segments(uint8_t* to, const uint8_t* from, int64_t first_byte, int64_t num_bytes,
+extern "C" void copy_segments(const uint8_t* from, uint8_t* to, int64_t num_bytes, int64_t first_byte,
                               int64_t block_bytes, int64_t segment_bytes, uint64_t* sums) {
-    copying::copy_segments(to, from, first_byte, num_bytes, block_bytes, segment_bytes, sums);
+    copying::copy_segments(to, from, num_bytes, {first_byte, block_bytes, segment_bytes}, sums);
+}
+
+extern "C" void gather_segments(const uint8_t* const* rows, int64_t row_bytes, bool in_panels, uint8_t* to,
+                                int64_t num_bytes, int64_t first_byte, int64_t block_bytes, int64_t segment_bytes,
+                                uint64_t* sums) {
+    turning::gather_segments(rows, row_bytes, in_panels, to, num_bytes, {first_byte, block_bytes, segment_bytes}, sums);
 }
 
 extern "C" int64_t shortest_summed() { return copying::kShortest; }
@@ -50,9 +56,8 @@ extern "C" void turn_columns(const uint16_t* from, int64_t stride, uint16_t* to,
     turning::turn_columns(from, stride, to, num_rows, num_columns);
 }
 
-extern "C" void turn_panels(const uint8_t* from, uint8_t* to, int64_t num_panels, int64_t panel_rows,
-                            int64_t num_pairs) {
-    turning::turn_panels(from, to, num_panels, panel_rows, num_pairs);
+extern "C" void turn_panels(const uint8_t* from, uint8_t* to, int64_t num_panels, int64_t num_pairs) {
+    turning::turn_panels(from, to, num_panels, num_pairs);
 }
 
 EXPORT(bfloat16, BFloat16)

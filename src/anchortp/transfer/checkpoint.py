@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -28,6 +29,7 @@ from anchortp.layout import EXPERT, PANEL_ROWS, ModelUnits, ReplicatedTensor, Un
 from anchortp.transfer.experts import fused_place
 from anchortp.transfer.fingerprint import fingerprint, weight_files
 from anchortp.transfer.streamed import Streamer
+from anchortp.transfer.work import Chunk
 
 TORCH_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 STORED_DTYPES = tuple(TORCH_DTYPES)
@@ -44,9 +46,10 @@ NUM_LOOKS = 8  # of a larger range, and if they find all of it cached the rest i
 # Columns transposed at a time. torch's blocked transpose wants a dense source and one that stays in the L2
 # cache; on one thread this ran at 3 to 5 GB/s, against 0.4 to 2.5 GB/s for a plain copy of a transposed view.
 STRIP_COLUMNS = 128
+STREAMED_BYTES = 2 << 20  # of columns, by our kernels: the more of a row at a time the better, up to all of it
 
-# Panels (of another kind, `layout.units`) that are read before they are turned: they stay in the L2 cache.
-PANELS_AT_ONCE = 1
+# Panels (`layout.units`) that are read before they are turned, one at least: they stay in the L2 cache.
+PANELS_BYTES = 512 << 10
 
 
 class Checkpoint:
@@ -57,6 +60,8 @@ class Checkpoint:
         self._stream = stream
         self._places = places  # by tensor name
         self._views: dict[str, Tensor] = {}
+        self._ready = IntervalSet()  # addresses in the files' mappings: pages that were mapped ahead
+        self._zeros = torch.zeros(units.config.hidden_size, dtype=getattr(torch, units.config.dtype))  # beyond the end
 
     @classmethod
     def open(
@@ -124,7 +129,8 @@ class Checkpoint:
             self._read_plain(tensor, copy, first_unit, first_row, out, check)
             return
         assert first_row % PANEL_ROWS == 0 and out.shape[0] % PANEL_ROWS == 0, (first_row, out.shape)
-        plain = out.new_empty(PANELS_AT_ONCE * PANEL_ROWS, out.shape[1])
+        panels_at_once = max(1, PANELS_BYTES // self.units.piece_bytes(tensor))
+        plain = out.new_empty(panels_at_once * PANEL_ROWS, out.shape[1])
         for start in range(0, out.shape[0], plain.shape[0]):
             panels = out[start : start + plain.shape[0]]
             rows = plain[: panels.shape[0]]
@@ -174,16 +180,32 @@ class Checkpoint:
             for start, stop in ranges:
                 ask_ahead(fd, start, stop)
 
+    def stream_rows(self, chunk: Chunk, out: Tensor) -> list[int] | None:
+        """Fills `out` (uint8, the bytes of a chunk) as `read_rows` would, in one pass over pages that were mapped
+        ahead, and returns the digests of the chunk's segments. None, and nothing is done, where that cannot be."""
+        tensor, hidden = chunk.region.tensor, self.units.config.hidden_size
+        if self._stream is None or not isinstance(tensor, UnitTensor) or tensor.parts[0].axis or not chunk.is_whole:
+            return None
+        row_bytes = hidden * self.units.config.dtype_bytes
+        rows = np.full(chunk.num_bytes // row_bytes, self._zeros.data_ptr(), np.int64)
+        for x in self._stretches(tensor, chunk.region.copy, chunk.unit, chunk.first_byte // row_bytes, len(rows)):
+            stored = self.tensor(x.name)
+            start, count = stored.data_ptr() + x.index * row_bytes, max(0, min(x.count, len(stored) - x.index))
+            if not count:
+                continue
+            if stored.dtype != self._zeros.dtype or not self._ready.covers(start, start + count * row_bytes):
+                return None
+            self._places[x.name].file.check_size()
+            rows[x.row : x.row + count] = np.arange(start, start + count * row_bytes, row_bytes)
+        return self._stream.rows(chunk, rows, row_bytes, self.units.in_panels(tensor), out)
+
     def map_ahead(self) -> Iterator[None]:
-        """Maps the pages of tensors that are cut along their columns, some at each step, where they are in the page
-        cache: each of them holds a few bytes of every unit, so the first read of a unit would have to map them all."""
-        for tensor in self.units.tensors:
-            for part in tensor.parts:
-                if part.axis != 1:
-                    continue
-                for copy in range(self.units.num_copies(tensor)):
-                    for unit in range(self.units.num_units[EXPERT]) if tensor.family == EXPERT else (0,):
-                        yield from self._map_tensor(self.units.stored_at(tensor, part, copy, unit)[0])
+        """Maps the pages of the files where they are in the page cache, some at each step, so that loads need not: of
+        a unit's columns there are a few bytes on each page of a tensor. One thread at a time; others may read
+        meanwhile."""
+        for name, place in self._places.items():
+            if len(place.shape) == 2:  # norms are small
+                yield from self._map_tensor(name)
 
     def _map_tensor(self, name: str) -> Iterator[None]:
         place, stored = self._places[name], self.tensor(name)
@@ -191,8 +213,12 @@ class Checkpoint:
         for first in range(0, stored.shape[0], rows):
             start, stop = place.span(first, rows)
             part = stored[first : first + rows]
-            if is_cached(place.file.fd, (start + stop) // 2) and not pages_to_read(part.data_ptr(), part.nbytes):
-                return
+            if is_cached(place.file.fd, (start + stop) // 2):
+                if not pages_to_read(part.data_ptr(), part.nbytes):
+                    return
+                ready = self._ready.copy()
+                ready.add(part.data_ptr(), part.data_ptr() + part.nbytes)
+                self._ready = ready
             yield
 
     def check_unchanged(self) -> None:
@@ -444,8 +470,11 @@ def _transpose(
     out: Tensor, source: Tensor, check: Callable[[], None] = lambda: None, stream: Streamer | None = None
 ) -> None:
     """`out` `[columns, rows]` = `source` `[rows, columns]` transposed, converted to out's dtype."""
-    for start in range(0, out.shape[0], STRIP_COLUMNS):
+    columns = STRIP_COLUMNS
+    if stream is not None and source.dtype == out.dtype:
+        columns = max(columns, STREAMED_BYTES // out[0].nbytes // STRIP_COLUMNS * STRIP_COLUMNS)
+    for start in range(0, out.shape[0], columns):
         check()
-        strip, rows = source[:, start : start + STRIP_COLUMNS], out[start : start + STRIP_COLUMNS]
+        strip, rows = source[:, start : start + columns], out[start : start + columns]
         if stream is None or not stream.columns(strip, rows):
             rows.copy_(strip.contiguous().to(out.dtype).t())

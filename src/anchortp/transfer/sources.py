@@ -81,7 +81,7 @@ class HostSource:
         check = _raising(stopped)
         if self._packed is not None and (digests := self._packed.read(chunk, out, check)):
             return digests
-        return self._read_rows(tensor, chunk, out, check)
+        return self._checkpoint.stream_rows(chunk, out) or self._read_rows(tensor, chunk, out, check)
 
     def _read_rows(self, tensor: UnitTensor, chunk: Chunk, out: Tensor, check: Callable[[], None]) -> list[int] | None:
         # Columns that become rows are read many at a time, and are not in the cache afterwards.

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import ctypes
 
+import numpy as np
 import xxhash
 from torch import Tensor
 
 from anchortp.errors import ConfigError
 from anchortp.layout import PANEL_ROWS
 from anchortp.transfer.work import Chunk
+
+LINE_BYTES = 64  # of the cache: the kernels move whole ones
 
 
 class Streamer:
@@ -22,15 +25,19 @@ class Streamer:
         try:
             functions = ctypes.CDLL(library)
             self._copy, self._shortest = functions.copy_summed, int(functions.shortest_summed())
-            self._copy_segments = functions.copy_segments
+            self._copy_segments, self._gather_segments = functions.copy_segments, functions.gather_segments
             self._columns, self._panels = functions.turn_columns, functions.turn_panels
         except (OSError, AttributeError) as error:
             raise ConfigError(f"the kernels in {library} cannot be loaded ({error}); use --kernels torch.") from error
-        self._copy.argtypes, self._copy.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), ctypes.c_uint64
-        self._copy_segments.argtypes = (ctypes.c_void_p, ctypes.c_void_p, *(4 * (ctypes.c_int64,)), ctypes.c_void_p)
-        self._columns.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-        self._panels.argtypes = (ctypes.c_void_p, ctypes.c_void_p, *(3 * (ctypes.c_int64,)))
-        self._copy_segments.restype = self._columns.restype = self._panels.restype = None
+        address, number = ctypes.c_void_p, ctypes.c_int64
+        cut = (address, number, number, number, number, address)
+        self._copy.argtypes, self._copy.restype = (address, address, number), ctypes.c_uint64
+        self._copy_segments.argtypes = (address, *cut)
+        self._gather_segments.argtypes = (address, number, ctypes.c_bool, *cut)
+        self._columns.argtypes = (address, number, address, number, number)
+        self._panels.argtypes = (address, address, number, number)
+        for function in (self._copy_segments, self._gather_segments, self._columns, self._panels):
+            function.restype = None
 
     def __call__(self, to: int, start: int, num_bytes: int) -> int:
         if num_bytes >= self._shortest:
@@ -40,13 +47,20 @@ class Streamer:
 
     def chunk(self, chunk: Chunk, start: int, out: Tensor) -> list[int]:
         """Fills `out` (uint8, the bytes of a chunk of whole segments) from an address on. The segments' digests."""
-        region, to = chunk.region, out.data_ptr()
-        if region.shortest_segment_bytes < self._shortest:
-            parts = ((s.start - chunk.start, s.stop - s.start) for s in chunk.segments)
+        if chunk.region.shortest_segment_bytes < self._shortest:
+            to, parts = out.data_ptr(), [(s.start - chunk.start, s.stop - s.start) for s in chunk.segments]
             return [self(to + skipped, start + skipped, size) for skipped, size in parts]
         sums = (ctypes.c_uint64 * chunk.num_segments)()
-        sizes = chunk.first_byte, chunk.num_bytes, region.block_bytes, region.segment_bytes
-        self._copy_segments(to, start, *sizes, sums)
+        self._copy_segments(start, *_cut(chunk, out), sums)
+        return list(sums)
+
+    def rows(self, chunk: Chunk, rows: np.ndarray, row_bytes: int, in_panels: bool, out: Tensor) -> list[int] | None:
+        """As `chunk`, from rows of `row_bytes` each, of which `rows` (int64) has the addresses; `in_panels` they are
+        rearranged (`layout.units`). None, and nothing is done, if the kernel is not made for their sizes."""
+        if row_bytes % LINE_BYTES or chunk.region.shortest_segment_bytes < self._shortest:
+            return None
+        sums = (ctypes.c_uint64 * chunk.num_segments)()
+        self._gather_segments(rows.ctypes.data, row_bytes, in_panels, *_cut(chunk, out), sums)
         return list(sums)
 
     def columns(self, source: Tensor, out: Tensor) -> bool:
@@ -59,4 +73,9 @@ class Streamer:
 
     def panels(self, plain: Tensor, out: Tensor) -> None:
         """`plain` `[rows, hidden]`, bfloat16, contiguous, into `out`, of the same shape, in panels (`layout.units`)."""
-        self._panels(plain.data_ptr(), out.data_ptr(), len(plain) // PANEL_ROWS, PANEL_ROWS, plain.shape[1] // 2)
+        self._panels(plain.data_ptr(), out.data_ptr(), len(plain) // PANEL_ROWS, plain.shape[1] // 2)
+
+
+def _cut(chunk: Chunk, out: Tensor) -> tuple[int, ...]:
+    region = chunk.region
+    return out.data_ptr(), chunk.num_bytes, chunk.first_byte, region.block_bytes, region.segment_bytes
