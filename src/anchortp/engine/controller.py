@@ -64,6 +64,7 @@ BACKGROUND_PACE = 0.5  # share of the time in which bytes move while steps are c
 PUBLISH_EVERY_S = 0.1
 MAX_EPISODES_SHOWN = 32  # the latest, in all of `episodes`, `faults` and `changes`
 CALM_S = 1.0  # before memory is made ready for the next loss
+AHEAD_SHARE = 0.1  # of a step's time is spent on that after it, or the least that can be done, until all of it is ready
 ADOPT_AFTER_S = 0.02
 
 
@@ -254,14 +255,16 @@ class ElasticEngine:
         if batch is None:
             self._deliver()
             return
+        began_s = time.monotonic()
         try:
             answer = self._run(batch)
         except _StepCut:
             return
+        took_s = time.monotonic() - began_s
         self._outputs += self.scheduler.postprocess(batch, answer.sampled, self.config.model.eos_token_ids)
         self._keeper.save_sealed(self.recovery.layout, self.recovery.epoch)
         self._rebalance_if_due()
-        self._prepare_for_a_loss()
+        self._prepare_for_a_loss(AHEAD_SHARE * took_s)
         if not self.scheduler.has_work():
             self._deliver()
             self._write_record()
@@ -743,9 +746,9 @@ class ElasticEngine:
             change_id = self._num_changes
         self._handle(ev.Change(why="rebalance experts", change_id=change_id, plan=plan))
 
-    def _prepare_for_a_loss(self) -> bool:
+    def _prepare_for_a_loss(self, for_s: float = 0.0) -> bool:
         """Makes some memory ready for the weights that a loss would bring, once there is time for it, in all of the
-        epoch once. False: there is nothing left to do now."""
+        epoch once: for so many seconds, and a piece at least. False: there is nothing left to do now."""
         recovery, now_s = self.recovery, time.monotonic()
         if not recovery.is_calm:
             self._ahead = None
@@ -754,10 +757,14 @@ class ElasticEngine:
             slots = slots_after_a_loss(self.units, recovery.layout, recovery.speeds)
             work = self._plane.commit_ahead(slots, recovery.epoch)
             self._ahead = _Ahead(epoch=recovery.epoch, due_s=now_s + CALM_S, work=work)
-        pieces = next(self._ahead.work, None) if now_s >= self._ahead.due_s else None
-        for device, ranges in (pieces or {}).items():
-            self._send(device, m.MapPages(epoch=recovery.epoch, ranges=ranges))
-        return pieces is not None
+        if now_s < self._ahead.due_s:
+            return False
+        for pieces in self._ahead.work:
+            for device, ranges in pieces.items():
+                self._send(device, m.MapPages(epoch=recovery.epoch, ranges=ranges))
+            if time.monotonic() >= now_s + for_s:
+                return True
+        return False
 
     def _expert_slots(self, device: str) -> int:
         """How many expert units the device has memory for, beside all else that it holds now."""
