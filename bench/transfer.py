@@ -5,8 +5,9 @@
 A model with the layer shapes of Qwen3-8B and random weights is made once. Each device is a process with a memfd
 arena; a plan of the policy is carried out by the executor (`anchortp.transfer`), stage by stage, all devices at once,
 sums checked. Then the arenas are brought back to where they were. Weights are laid out as the engine does by default,
-and kept packed as with `--packed-weights`. Before the clock starts the file's pages are mapped and the arenas lie in
-huge pages, as a worker does it when it has nothing better to do; the kernels copy (a C++ compiler is needed). The clock
+and kept packed as with `--packed-weights`. All files are read once, so that the page cache has them. Before the clock
+starts the files' pages are mapped and the arenas lie in huge pages, as a worker does it when it has nothing better to
+do; the kernels copy (a C++ compiler is needed). The clock
 stops when the last device has said that it is done; what it unmaps then is in the CPU time alone.
 
 The floor is the same run's, and in turn with the loads: lost bytes over the bytes per second that `--threads` threads
@@ -117,11 +118,12 @@ def _evict(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def read_all(folder: Path) -> float:
-    """Into the page cache. Bytes per second."""
+def read_all(folder: Path, packed: Path | None = None) -> float:
+    """Into the page cache, with what earlier runs left of the packed weights. Bytes per second."""
     began_s, num_bytes = time.perf_counter(), 0
     buffer = bytearray(4 << 20)
-    for path in sorted(folder.glob("*.safetensors")):
+    kept = [packed] if packed is not None and packed.exists() else []
+    for path in (*sorted(folder.glob("*.safetensors")), *kept):
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(buffer):
                 num_bytes += count
@@ -603,16 +605,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         shape = shape | {"hidden_size": 256, "head_dim": 16, "intermediate_size": 512, "vocab_size": 2048}
     name = f"qwen3-8b-shapes-{args.layers}" + ("-tiny" if args.tiny else "")
     folder = make_model(args.dir / name, args.layers, shape)
-    read_all(folder)
+    panels = args.weights == "auto" and reads_panels()
+    packed = None if args.unpacked else folder / f"packed-{'panels' if panels else 'plain'}"
+    read_all(folder, packed)
     memcpy = Memcpy(32 << 20 if args.tiny else 512 << 20)
     results: dict = {"bench": "transfer", "conditions": conditions(), "args": vars(args) | {"dir": "", "plot": ""}}
     results["changes"] = {}
-    panels = args.weights == "auto" and reads_panels()
     for num_devices in dict.fromkeys(n for n, _ in CHANGES.values()):
         machine = Machine(folder, num_devices, args.movers, panels)
         try:
-            path = None if args.unpacked else folder / f"packed-{'panels' if panels else 'plain'}"
-            results.setdefault("idle_s", []).append(machine.idle(path, not args.small_pages))
+            results.setdefault("idle_s", []).append(machine.idle(packed, not args.small_pages))
             for change, (size, lost) in CHANGES.items():
                 if size == num_devices:
                     results["changes"][change] = measure(machine, lost, args, memcpy)
