@@ -760,6 +760,8 @@ class ElasticEngine:
         if now_s < self._ahead.due_s:
             return False
         for pieces in self._ahead.work:
+            if not recovery.is_calm:  # an anchor was found to have gone
+                return False
             for device, ranges in pieces.items():
                 self._send(device, m.MapPages(epoch=recovery.epoch, ranges=ranges))
             if time.monotonic() >= now_s + for_s:
