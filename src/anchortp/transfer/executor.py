@@ -159,9 +159,9 @@ class Load:
     # -------------------------------------------------------------------------------------------- the watcher
 
     def _watch(self) -> None:
+        self._hooks.on_progress(self._progress())  # before a byte moves: whoever hears of it takes the time from there
         for _ in range(self._num_movers):
             self._add_mover()
-        self._hooks.on_progress(self._progress())
         next_s = self._began_s + PROGRESS_EVERY_S
         while not self._is_over():
             now_s = time.monotonic()
